@@ -1,0 +1,1 @@
+"""What the three steps share: data, alignment, models, engine, feedback, evaluation, tracking."""

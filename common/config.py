@@ -1,0 +1,130 @@
+"""One way from a YAML file and the command line to a step's config dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from common.errors import InputError
+
+Config = TypeVar("Config")
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:  # noqa: A002 - argparse's own word
+    """A dataclass field with a default and the help text that `--help` shows."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclasses.dataclass
+class RunOptions:
+    """Where a run writes and how it may be repeated."""
+
+    output_dir: str = option("", "Folder that this step writes; it must be new, or see resume and overwrite.")
+    resume: bool = option(False, "Go on from the last complete checkpoint in output_dir.")
+    overwrite: bool = option(False, "Replace the run that output_dir holds.")
+    seed: int = option(0, "Seed of every random choice: data order, sampling, initial weights.")
+    tensorboard: bool = option(True, "Write TensorBoard event files under output_dir/tensorboard.")
+
+
+@dataclasses.dataclass
+class ModelOptions:
+    """How weights are loaded."""
+
+    attn_implementation: str = option(
+        "sdpa", "Attention kernel, checked at start.", choices=["sdpa", "eager", "flash_attention_2"]
+    )
+    dtype: str = option("fp32", "Training precision; fp32 is the one for CPU ranks.", choices=["fp32", "bf16"])
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    trust_remote_code: bool = option(False, "Run model code from the hub. Only for repositories that you trust.")
+
+
+@dataclasses.dataclass
+class LoraOptions:
+    """Adapters instead of full fine-tuning (peft)."""
+
+    lora_r: int = option(0, "Rank of the LoRA adapters; 0 trains all weights.")
+    lora_alpha: int = option(16, "LoRA scale: the update is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Dropout on the adapters' input. Keep 0 in step 3: log-probs must repeat.")
+    lora_target_modules: str = option("all-linear", "Modules that get adapters: peft's name, or names with commas.")
+
+
+@dataclasses.dataclass
+class ZeroOptions:
+    """DeepSpeed."""
+
+    zero_stage: int = option(3, "ZeRO stage: what is sharded over the ranks.", choices=[0, 1, 2, 3])
+    offload: str = option(
+        "none", "What rests in host memory: nothing, optimizer states, or those and parameters (ZeRO-3).",
+        choices=["none", "optimizer", "all"],
+    )
+    deepspeed_config: str = option("", "A DeepSpeed JSON file; it replaces the settings made from the flags.")
+
+
+def parse_config(config_class: type[Config], argv: list[str] | None = None) -> Config:
+    """Fill `config_class` from `--config FILE.yaml` and then from flags; a later source wins.
+
+    Unknown keys and flags, wrong types and wrong choices raise `InputError` and name the nearest known key.
+    YAML values pass through the same conversion as flags, so `1e-4` is a number in both.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # The deepspeed launcher appends this flag; ranks are read from the environment instead.
+    argv = [token for token in argv if not token.startswith("--local_rank=")]
+    parser = _Parser(config_class, allow_abbrev=False, description=config_class.__doc__)
+    parser.add_argument("--config", help="YAML file with any of the keys below; flags win over it.")
+    known = [field.name for field in dataclasses.fields(config_class)]
+    if not {"-h", "--help"} & set(argv):
+        argv = _yaml_tokens(argv, known) + argv
+    (config, _) = parser.parse_args_into_dataclasses(args=argv)
+    return config
+
+
+class _Parser(HfArgumentParser):
+    """Raises `InputError` where argparse prints its whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        hints = [_nearest(word, flags) for word in message.split() if word.startswith("--")]
+        raise InputError(f"{message}{''.join(hints)} (--help lists every flag)")
+
+
+def _yaml_tokens(argv: list[str], known: list[str]) -> list[str]:
+    """The YAML file's entries as command-line tokens, to be put before the user's own."""
+    paths = [argv[i + 1] for i, token in enumerate(argv[:-1]) if token == "--config"]
+    paths += [token.split("=", 1)[1] for token in argv if token.startswith("--config=")]
+    tokens: list[str] = []
+    for path in paths:
+        for key, value in _read_yaml(path).items():
+            if key not in known:
+                raise InputError(f"{path}: unknown key {key!r}{_nearest(key, known)}")
+            if value is None or value == []:
+                continue
+            values = value if isinstance(value, list) else [value]
+            tokens += [f"--{key}", *map(str, values)] if isinstance(value, list) else [f"--{key}={value}"]
+    return tokens
+
+
+def _read_yaml(path: str) -> dict:
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such config file") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML ({error})") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path}: expected `key: value` lines")
+    return loaded
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    matches = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,133 @@
+"""Files that are whole or absent: atomic writes, JSON lines, and folders that belong to one run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from common.errors import InputError
+
+RUN_CONFIG_NAME = "run_config.json"
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[IO[str]]:
+    """Open a text file that appears under `path` only once it is complete (temporary name, fsync, rename)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN is refused: JSON has none."""
+    with atomic_write(path) as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False, allow_nan=False)
+        stream.write("\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; raises `InputError` when it is missing or not JSON."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
+    """Write one JSON object a line, atomically; returns how many."""
+    count = 0
+    with atomic_write(path) as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
+    return count
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """Yield `(line number, object)` for each non-empty line of a file that this project wrote.
+
+    Raises `InputError` with file and line number for a missing file or a line that is no JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}:{number}: not valid JSON ({error.msg})") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+            yield number, row
+
+
+def digest(*parts: str) -> str:
+    """Sixteen hexadecimal digits that identify a sequence of texts (SHA-256, length-prefixed parts)."""
+    hasher = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", errors="surrogatepass")
+        hasher.update(f"{len(data)}:".encode())
+        hasher.update(data)
+    return hasher.hexdigest()[:16]
+
+
+def claim_output_dir(
+    path: str | Path, config: dict, *, resume: bool, overwrite: bool, may_differ: frozenset[str] = frozenset()
+) -> Path:
+    """Make `path` the folder of the run described by `config` (JSON values only).
+
+    A folder that holds something is refused unless `resume` (then the settings must be those it was begun
+    with, `may_differ` aside) or `overwrite` (then a folder of an earlier run is removed; any other is refused).
+    Call it on one process only, before any work. Raises `InputError`.
+    """
+    path = Path(path)
+    marker = path / RUN_CONFIG_NAME
+    occupied = path.exists() and any(path.iterdir())
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite contradict each other: give one of them")
+    if occupied and not marker.is_file():
+        raise InputError(f"{path}: not empty and not the output of a run (no {RUN_CONFIG_NAME}); choose another folder")
+    if occupied and overwrite:
+        shutil.rmtree(path)
+    elif occupied and resume:
+        _check_same_run(marker, config, may_differ)
+        return path
+    elif occupied:
+        raise InputError(
+            f"{path}: holds another run. Add --resume to go on with it, --overwrite to replace it, "
+            "or choose another output folder"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(marker, config)
+    return path
+
+
+def _check_same_run(marker: Path, config: dict, may_differ: frozenset[str]) -> None:
+    begun = read_json(marker)
+    wanted = json.loads(json.dumps(config))
+    changed = sorted(
+        key for key in begun.keys() | wanted.keys() if key not in may_differ and begun.get(key) != wanted.get(key)
+    )
+    if changed:
+        details = "; ".join(f"{key}: was {begun.get(key)!r}, now {wanted.get(key)!r}" for key in changed)
+        raise InputError(f"{marker.parent}: --resume needs the settings the run was begun with, but {details}")
