@@ -16,7 +16,7 @@ from common.errors import InputError
 Config = TypeVar("Config")
 
 
-def option(default: Any, help: str, **metadata: Any) -> Any:  # noqa: A002 - argparse's own word
+def option(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field with a default and the help text that `--help` shows."""
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, **metadata})

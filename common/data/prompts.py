@@ -1,0 +1,132 @@
+"""From a history to the prompt's tokens: newest events first, within a token budget, text from logs kept as data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+from transformers import PreTrainedTokenizerBase
+
+from common.data.records import Event
+from common.errors import InputError
+
+TEMPLATE_DIR = Path(__file__).parent / "templates"
+CHAT = "chat"
+MAX_EVENT_CHARS = 200
+
+
+class PromptEvent(NamedTuple):
+    """What a template sees of an event."""
+
+    type: str
+    text: str
+    query: str
+    url: str
+
+
+class PromptBuilder:
+    """Renders a history with a Jinja template and keeps the newest events that fit.
+
+    `template` is `plain`, `compact`, a path to a template file, or `chat`: then the plain rendering becomes the user
+    turn of the tokenizer's own chat template. A template sees `events` (oldest first, see `PromptEvent`) and
+    `num_queries`. Raises `InputError` for a template that is missing or does not render, or a chat template that the
+    tokenizer lacks.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, max_prompt_tokens: int, num_queries: int
+    ) -> None:
+        if template == CHAT and not tokenizer.chat_template:
+            raise InputError("prompt template 'chat': this tokenizer has no chat template; use 'plain' or a file")
+        self.tokenizer = tokenizer
+        self.max_prompt_tokens = max_prompt_tokens
+        self.num_queries = num_queries
+        self._chat = template == CHAT
+        self._template = _load_template("plain" if self._chat else template)
+        self._special = _special_pattern(tokenizer)
+
+    def ids(self, history: Sequence[Event]) -> list[int]:
+        """Token ids of the prompt, at most `max_prompt_tokens`; the oldest events are left out where they do not fit.
+
+        Raises `InputError` when not even the newest event fits.
+        """
+        return self._fit(history)[1]
+
+    def text(self, history: Sequence[Event]) -> str:
+        """The prompt's text, with the events that `ids` keeps."""
+        return self._fit(history)[0]
+
+    def clean(self, text: str) -> str:
+        """One line of plain text: no line breaks, no special token of the tokenizer, at most `MAX_EVENT_CHARS`."""
+        return " ".join(self._special.sub(" ", text).split())[:MAX_EVENT_CHARS].rstrip()
+
+    def response_text(self, queries: Sequence[str]) -> str:
+        """Queries as the response that a model learns to write: one a line."""
+        return "\n".join(self.clean(query) for query in queries)
+
+    def _fit(self, history: Sequence[Event]) -> tuple[str, list[int]]:
+        events = [
+            PromptEvent(event.type, self.clean(event.text), self.clean(event.query or ""), self.clean(event.url or ""))
+            for event in history[-self.max_prompt_tokens :]
+        ]
+        # The length grows with the number of events kept, so the largest number that fits is found by bisection;
+        # most histories fit whole, so that is tried first.
+        fits, too_many = 0, len(events) + 1
+        best: tuple[str, list[int]] | None = None
+        kept = len(events)
+        while too_many - fits > 1:
+            text = self._render(events[len(events) - kept :])
+            ids = self._encode(text)
+            if len(ids) <= self.max_prompt_tokens:
+                fits, best = kept, (text, ids)
+            else:
+                too_many = kept
+            kept = (fits + too_many) // 2
+        if best is None:
+            raise InputError(
+                f"a prompt with only the newest of {len(events)} events exceeds {self.max_prompt_tokens} tokens; raise "
+                "max_prompt_tokens or shorten the template"
+            )
+        return best
+
+    def _render(self, events: Sequence[PromptEvent]) -> str:
+        try:
+            return self._template.render(events=events, num_queries=self.num_queries)
+        except TemplateError as error:
+            raise InputError(f"the prompt template does not render: {error}") from None
+
+    def _encode(self, text: str) -> list[int]:
+        if self._chat:
+            return self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        return self.tokenizer(text, add_special_tokens=True)["input_ids"]
+
+
+def _load_template(name: str):
+    path = TEMPLATE_DIR / f"{name}.jinja"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in TEMPLATE_DIR.glob("*.jinja")))
+        raise InputError(f"prompt template {name!r} is neither a file nor one of {known}, {CHAT}")
+    # Sandboxed: a template is configuration, but it may come with somebody else's model.
+    environment = SandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    try:
+        return environment.from_string(path.read_text(encoding="utf-8"))
+    except TemplateError as error:
+        raise InputError(f"{path}: not a valid Jinja template ({error})") from None
+
+
+def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches every text that the tokenizer would read as a special token: in a log it is a user's text, not a mark."""
+    texts = {str(token) for token in tokenizer.all_special_tokens}
+    texts |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    alternatives = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True) if text)
+    return re.compile(alternatives or r"(?!)")

@@ -1,0 +1,85 @@
+"""DeepSpeed's JSON from our few flags, or from the user's own file."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from common.errors import InputError
+from common.files import read_json
+
+
+class EngineOptions(Protocol):
+    """The flags read here: `ZeroOptions` and the dtype of `ModelOptions`."""
+
+    zero_stage: int
+    offload: str
+    deepspeed_config: str
+    dtype: str
+
+
+def trainer_deepspeed_config(options: EngineOptions) -> dict[str, Any]:
+    """Settings for `transformers.TrainingArguments(deepspeed=...)`; the Trainer fills in the `auto` values."""
+    if options.deepspeed_config:
+        return _read(options.deepspeed_config)
+    return _common(options) | {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+
+
+def training_config(
+    options: EngineOptions, *, micro_batch_size: int, accumulation_steps: int, world_size: int, max_grad_norm: float
+) -> dict[str, Any]:
+    """Settings for an engine that trains; batch sizes are in sequences and are always ours."""
+    base = _read(options.deepspeed_config) if options.deepspeed_config else _common(options)
+    return base | {
+        "train_batch_size": micro_batch_size * accumulation_steps * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": max_grad_norm,
+    }
+
+
+def inference_config(options: EngineOptions, *, world_size: int) -> dict[str, Any]:
+    """Settings for a frozen model: sharded as ZeRO-3 where the trained models are, whole otherwise.
+
+    ZeRO-1 and 2 shard what only training has (optimizer states, gradients), so a frozen model needs stage 0 there.
+    """
+    base = _read(options.deepspeed_config) if options.deepspeed_config else _common(options)
+    zero = base.get("zero_optimization", {})
+    config = {key: base[key] for key in ("bf16", "fp16") if key in base}
+    if zero.get("stage") == 3:
+        kept = {key: value for key, value in zero.items() if key != "offload_optimizer"}
+        config["zero_optimization"] = kept
+    return config | {"train_micro_batch_size_per_gpu": 1, "train_batch_size": world_size}
+
+
+def _common(options: EngineOptions) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": options.zero_stage}
+    if options.offload == "all" and options.zero_stage != 3:
+        raise InputError("--offload all moves parameters too, which only --zero_stage 3 can; use --offload optimizer")
+    if options.offload != "none" and options.zero_stage == 0:
+        raise InputError("--offload needs --zero_stage 1, 2 or 3: stage 0 shards nothing")
+    if options.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if options.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    if options.zero_stage == 3:
+        # The consolidated weights are what a Hugging Face folder holds.
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return {
+        "zero_optimization": zero,
+        "bf16": {"enabled": options.dtype == "bf16"},
+        # torch.optim.AdamW with offloaded states: slower than DeepSpeed's CPU Adam, but it needs no compiler.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,
+    }
+
+
+def _read(path: str) -> dict[str, Any]:
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: a DeepSpeed config is a JSON object")
+    return config

@@ -1,0 +1,82 @@
+"""Ranks: starting the process group, and sums over all of them."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+def start() -> torch.device:
+    """Join the process group that the launcher describes (a single process when there is none); returns the device.
+
+    NCCL on CUDA, gloo on CPU ranks: DeepSpeed's accelerator decides.
+    """
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for key, value in defaults.items():
+        os.environ.setdefault(key, value)
+    # Device first: NCCL binds a rank to the device that is current when the group is made.
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return device
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Elementwise sum of `values` (any shape, the same on every rank) over all ranks, as a new tensor."""
+    total = values.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    return total
+
+
+def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Elementwise maximum of `values` over all ranks, as a new tensor."""
+    largest = values.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
+def on_main_first(task) -> None:
+    """Run `task` on rank 0; when it raises there, every rank raises the same, instead of waiting in vain."""
+    outcome: list[BaseException | None] = [None]
+    if rank() == 0:
+        try:
+            task()
+        except Exception as error:  # handed to all ranks and raised below
+            outcome[0] = error
+    if dist.is_initialized() and world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch on this rank."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

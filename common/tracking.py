@@ -1,0 +1,113 @@
+"""What a run tells while it runs: TensorBoard, the same scalars in a JSONL file, progress bars on rank 0."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from common.files import atomic_write, read_jsonl
+
+Item = TypeVar("Item")
+
+
+def is_main_process() -> bool:
+    """Whether this process is rank 0 (or the only one), from the launcher's environment."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def progress(items: Iterable[Item] | None = None, *, total: int | None = None, desc: str, initial: int = 0) -> tqdm:
+    """A tqdm bar that only rank 0 shows."""
+    return tqdm(items, total=total, desc=desc, initial=initial, disable=not is_main_process(), dynamic_ncols=True)
+
+
+class MetricsFile:
+    """Appends one JSON object a step; a resumed run first cuts off what lies past its checkpoint."""
+
+    def __init__(self, path: str | Path, first_step: int = 0) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._keep_steps_below(first_step)
+
+    def append(self, step: int, scalars: dict[str, float]) -> None:
+        """Write and flush one line; NaN and infinity are written as null."""
+        row = {key: value if abs(value) < float("inf") else None for key, value in scalars.items()}
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **row}) + "\n")
+
+    def _keep_steps_below(self, first_step: int) -> None:
+        whole_lines = [line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if "\n" in line]
+        with atomic_write(self.path) as stream:
+            stream.writelines(line for line in whole_lines if json.loads(line)["step"] < first_step)
+
+
+class Tracker:
+    """Scalars and texts of a run under `output_dir`: `tensorboard/` and `metrics.jsonl`. Silent off rank 0."""
+
+    def __init__(self, output_dir: str | Path, *, tensorboard: bool, first_step: int = 0) -> None:
+        self._metrics: MetricsFile | None = None
+        self._writer: SummaryWriter | None = None
+        if not is_main_process():
+            return
+        self._metrics = MetricsFile(Path(output_dir) / "metrics.jsonl", first_step)
+        if tensorboard:
+            # purge_step hides the points that a killed run wrote after the checkpoint we resume from.
+            self._writer = SummaryWriter(str(Path(output_dir) / "tensorboard"), purge_step=first_step or None)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Log `values` at `step`; a key's part before `/` groups it in TensorBoard."""
+        if self._metrics is not None:
+            self._metrics.append(step, values)
+        if self._writer is not None:
+            for key, value in values.items():
+                self._writer.add_scalar(key, value, step)
+
+    def text(self, step: int, tag: str, markdown: str) -> None:
+        """Log a Markdown text; whatever comes from a log or a model must be escaped by the caller."""
+        if self._writer is not None:
+            self._writer.add_text(tag, markdown, step)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class JsonlCallback(TrainerCallback):
+    """Writes what `transformers.Trainer` logs to a `MetricsFile`, so that all three steps leave one."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._file: MetricsFile | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the file; a resumed run cuts off what lies past its checkpoint."""
+        if state.is_world_process_zero:
+            self._file = MetricsFile(self._path, first_step=state.global_step + 1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append the numbers among `logs`."""
+        if self._file is not None and logs:
+            numbers = {key: float(value) for key, value in logs.items() if isinstance(value, int | float)}
+            self._file.append(state.global_step, numbers)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All rows of a metrics file, in order."""
+    return [row for _, row in read_jsonl(path)]
