@@ -13,6 +13,7 @@ so that nothing is counted twice; see method, section 1.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +28,13 @@ NO_LINE = -1
 
 Span = tuple[float, float]
 
+# Decoders that say how a token is spelled; exactly one kind of them makes a tokenizer that can be followed.
+_BASE_DECODERS = ("ByteLevel", "Replace", "Metaspace", "WordPiece")
+_SPAN_ROUNDING = 1e-6
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# The WordPiece decoder's `cleanup` takes away the space before these.
+_GLUED_BY_CLEANUP = (".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re")
+
 
 class DecodedTokens(NamedTuple):
     """The text of a sequence of ids and each id's span in it; special tokens have an empty span."""
@@ -39,9 +47,9 @@ class TokenDecoder:
     """Turns ids into text and character spans for byte-level BPE, SentencePiece (BPE with byte fallback, Unigram)
     and WordPiece tokenizers of the `tokenizers` library.
 
-    The text equals `tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)` except that
-    every byte that belongs to no valid UTF-8 character becomes one U+FFFD, and that WordPiece's spaces before
-    punctuation stay. Raises `InputError` for a tokenizer whose ids cannot be traced to characters.
+    The text equals `tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)`, except that
+    every byte that belongs to no valid UTF-8 character becomes one U+FFFD. Raises `InputError` for a tokenizer whose
+    ids cannot be traced to characters.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -52,36 +60,31 @@ class TokenDecoder:
                 "offsets; choose a model with a fast tokenizer, or convert it with convert_slow_tokenizer"
             )
         steps = _decoder_steps(json.loads(backend.to_str())["decoder"])
-        kinds = {step["type"] for step in steps}
-        unknown = kinds - {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace", "WordPiece"}
-        if unknown or not kinds & {"ByteLevel", "Replace", "Metaspace", "WordPiece"}:
-            raise InputError(
-                f"{type(tokenizer).__name__} decodes with {sorted(kinds) or 'nothing'}: its tokens cannot be traced to "
-                "characters; use a byte-level BPE, SentencePiece or WordPiece tokenizer"
-            )
+        _check_decoder(type(tokenizer).__name__, steps)
+        kinds = {step["type"]: step for step in steps}
         self._tokenizer = tokenizer
         self._byte_level = "ByteLevel" in kinds
         self._byte_fallback = "ByteFallback" in kinds
-        self._replacements = [_replacement(step) for step in steps if step["type"] in ("Replace", "Metaspace")]
-        self._word_prefix = next((step["prefix"] for step in steps if step["type"] == "WordPiece"), None)
-        self._strips_first_space = any(_strips_first_space(step) for step in steps)
-        self._added = {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()}
+        self._word_piece: dict[str, Any] | None = kinds.get("WordPiece")
+        self._metaspace: dict[str, Any] | None = kinds.get("Metaspace")
+        self._replacements = [(s["pattern"]["String"], s["content"]) for s in steps if s["type"] == "Replace"]
+        self._strips_first_space = "Strip" in kinds
         self._special = set(tokenizer.all_special_ids) | {
             id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special
         }
         self._byte_of_char = {char: byte for byte, char in bytes_to_unicode().items()}
-        self._pieces: dict[int, bytes] = {}
+        self._pieces: dict[tuple[int, bool], bytes | None] = {}
 
     def __call__(self, ids: Sequence[int]) -> DecodedTokens:
         """Text and spans of `ids`, one span an id."""
         pieces: list[bytes] = []
-        begun = False
+        first = True
         for id_ in ids:
-            piece = self._piece(int(id_))
-            if piece and not begun:
-                piece = piece[1:] if self._drops_leading_space(piece) else piece
-                begun = True
-            pieces.append(piece)
+            piece = self._piece(int(id_), first)
+            first = first and piece is None
+            pieces.append(piece or b"")
+        if self._strips_first_space:
+            _strip_first_space(pieces)
         text, position_of_byte = _decode_bytes(b"".join(pieces))
         spans: list[Span] = []
         offset = 0
@@ -90,31 +93,41 @@ class TokenDecoder:
             offset += len(piece)
         return DecodedTokens(text, spans)
 
-    def _drops_leading_space(self, piece: bytes) -> bool:
-        return piece.startswith(b" ") and (self._strips_first_space or self._word_prefix is not None)
+    def _piece(self, id_: int, first: bool) -> bytes | None:
+        """The bytes that an id adds to the text, at its start or later; None for an id that decoding leaves out.
 
-    def _piece(self, id_: int) -> bytes:
-        """The bytes that an id adds to the text (a word-initial WordPiece adds its leading space)."""
-        if id_ not in self._pieces:
-            self._pieces[id_] = b"" if id_ in self._special else self._piece_of_token(id_)
-        return self._pieces[id_]
+        Left out are special tokens and ids of a padded embedding matrix that no token stands for.
+        """
+        key = (id_, first)
+        if key not in self._pieces:
+            token = None if id_ in self._special else self._tokenizer.convert_ids_to_tokens(id_)
+            self._pieces[key] = None if token is None else self._bytes_of(token, first)
+        return self._pieces[key]
 
-    def _piece_of_token(self, id_: int) -> bytes:
-        if id_ in self._added:
-            return self._added[id_].encode()
-        token = self._tokenizer.convert_ids_to_tokens(id_)
-        if token is None:  # an id of the padded embedding matrix that no token stands for
-            return b""
+    def _bytes_of(self, token: str, first: bool) -> bytes:
         if self._byte_level:
-            return bytes(self._byte_of_char[char] for char in token)
-        if self._byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            if all(char in self._byte_of_char for char in token):
+                return bytes(self._byte_of_char[char] for char in token)
+            return token.encode()  # an added token is plain text
+        if self._byte_fallback and _BYTE_TOKEN.fullmatch(token):
             return bytes([int(token[3:5], 16)])
-        if self._word_prefix is not None:
-            inside = token.startswith(self._word_prefix)
-            return (token.removeprefix(self._word_prefix) if inside else f" {token}").encode()
+        if self._word_piece is not None:
+            return self._word_piece_text(token, first).encode()
+        if self._metaspace is not None:
+            drops_space = first and self._metaspace.get("prepend_scheme", "always") != "never"
+            return token.replace(self._metaspace["replacement"], "" if drops_space else " ").encode()
         for old, new in self._replacements:
             token = token.replace(old, new)
         return token.encode()
+
+    def _word_piece_text(self, token: str, first: bool) -> str:
+        if first:
+            return token
+        prefix = self._word_piece["prefix"]
+        if token.startswith(prefix):
+            return token.removeprefix(prefix)
+        glued = self._word_piece["cleanup"] and token.startswith(_GLUED_BY_CLEANUP)
+        return token if glued else f" {token}"
 
 
 def token_words(words: Sequence[Word], spans: Sequence[Span]) -> list[int]:
@@ -122,7 +135,8 @@ def token_words(words: Sequence[Word], spans: Sequence[Span]) -> list[int]:
     best = [0.0] * len(spans)
     owner = [-1] * len(spans)
     for word, token, overlap in _overlaps(words, spans):
-        if overlap > best[token]:
+        # Thirds of a character are rounded, so equals are equal only up to rounding.
+        if overlap > best[token] + _SPAN_ROUNDING:
             best[token], owner[token] = overlap, word
     return owner
 
@@ -188,7 +202,7 @@ def token_lines(text: str, words: Sequence[Word], spans: Sequence[Span]) -> list
     for word, (start, end) in zip(token_words(words, spans), spans, strict=True):
         if word >= 0:
             lines.append(words[word].line)
-        elif end <= start or "\n" in text[int(start) : max(int(start) + 1, int(end))]:
+        elif end <= start or "\n" in text[int(start) : int(end)]:
             lines.append(NO_LINE)
         else:
             lines.append(text.count("\n", 0, int(start)))
@@ -231,19 +245,28 @@ def _decoder_steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [decoder]
 
 
-def _replacement(step: dict[str, Any]) -> tuple[str, str]:
-    if step["type"] == "Metaspace":
-        return step["replacement"], " "
-    pattern = step["pattern"].get("String")
-    if pattern is None:
-        raise InputError(f"a tokenizer decoder that replaces by regular expression ({step['pattern']}) is not supported")
-    return pattern, step["content"]
+def _check_decoder(tokenizer_name: str, steps: list[dict[str, Any]]) -> None:
+    """Refuse a decoder that does anything which `TokenDecoder` does not follow id by id."""
+    kinds = [step["type"] for step in steps]
+    known = set(kinds) <= {*_BASE_DECODERS, "ByteFallback", "Fuse", "Strip"}
+    one_base = len(set(kinds) & set(_BASE_DECODERS)) == 1
+    literal = all("String" in step["pattern"] for step in steps if step["type"] == "Replace")
+    strips = [step for step in steps if step["type"] == "Strip"]
+    strips_at_start = all((step["content"], step["start"], step["stop"]) == (" ", 1, 0) for step in strips)
+    strips_whole_text = not strips or "Fuse" in kinds[: kinds.index("Strip")]
+    if not (known and one_base and literal and strips_at_start and strips_whole_text and len(strips) <= 1):
+        raise InputError(
+            f"{tokenizer_name} decodes with {json.dumps(steps)}: its tokens cannot be traced to characters; use a "
+            "byte-level BPE, SentencePiece or WordPiece tokenizer"
+        )
 
 
-def _strips_first_space(step: dict[str, Any]) -> bool:
-    if step["type"] == "Metaspace":
-        return step.get("prepend_scheme", "always") != "never"
-    return step["type"] == "Strip" and step["content"] == " " and step["start"] > 0
+def _strip_first_space(pieces: list[bytes]) -> None:
+    """Take one space off the start of the text that `pieces` spell, in place."""
+    for index, piece in enumerate(pieces):
+        if piece:
+            pieces[index] = piece.removeprefix(b" ")
+            return
 
 
 def _check_lengths(items: Sequence[Any], values: Sequence[Any]) -> None:

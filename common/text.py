@@ -64,6 +64,7 @@ def split_queries(response: str) -> list[str]:
 def normalise(text: str) -> str:
     """The form in which two texts count as equal: NFKC, case-folded, outer punctuation off each word, one space."""
     folded = unicodedata.normalize("NFKC", text).casefold()
+    folded = unicodedata.normalize("NFKC", folded)  # folding a letter may leave its accents out of order
     return " ".join(word.text for word in split_words(folded))
 
 
@@ -87,4 +88,5 @@ def _is_punctuation(char: str) -> bool:
 
 def _is_cjk(char: str) -> bool:
     code = ord(char)
-    return any(low <= code <= high for low, high in _CJK_RANGES)
+    # The Katakana block holds punctuation too (the middle dot between two names).
+    return any(low <= code <= high for low, high in _CJK_RANGES) and not _is_punctuation(char)

@@ -1,0 +1,92 @@
+"""Checkpoints of several engines: whole or absent, the newest complete one found again, old ones rotated away.
+
+A checkpoint is a folder `step_00000012/` with one DeepSpeed checkpoint per engine, the random state of each rank and
+`state.json`. It is written under a temporary name and renamed when every rank has finished, so that a folder with the
+right name is always complete. All ranks must see the same file system.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from common.engine.distributed import barrier, on_main_first, rank, world_size
+from common.errors import InputError
+from common.files import read_json, write_json
+
+_NAME = re.compile(r"step_(\d{8})")
+
+
+def save_checkpoint(
+    folder: str | Path, step: int, engines: dict[str, deepspeed.DeepSpeedEngine], state: dict[str, Any], keep: int
+) -> Path:
+    """Save `engines` and `state` (JSON values) after `step`; then remove all but the newest `keep` checkpoints."""
+    folder = Path(folder)
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f".{final.name}.tmp"
+    on_main_first(lambda: _empty_folder(temporary))
+    for name, engine in engines.items():
+        engine.save_checkpoint(str(temporary), tag=name, save_latest=False, exclude_frozen_parameters=True)
+    torch.save(_random_state(), temporary / f"random_rank{rank()}.pt")
+    barrier()
+
+    def publish() -> None:
+        write_json(temporary / "state.json", state | {"step": step, "world_size": world_size()})
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+
+    on_main_first(publish)
+    return final
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """Complete checkpoints under `folder`, oldest first."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / "state.json").is_file())
+
+
+def load_checkpoint(path: Path, engines: dict[str, deepspeed.DeepSpeedEngine]) -> dict[str, Any]:
+    """Restore `engines` and this rank's random state; returns what was saved as `state`, with its `step`.
+
+    Raises `InputError` when the checkpoint was written by another number of ranks.
+    """
+    state = read_json(path / "state.json")
+    if state["world_size"] != world_size():
+        raise InputError(
+            f"{path}: written by {state['world_size']} ranks, but {world_size()} are running; resume on as many"
+        )
+    for name, engine in engines.items():
+        loaded, _ = engine.load_checkpoint(str(path), tag=name, load_module_strict=False)
+        if loaded is None:
+            raise InputError(f"{path}: holds no checkpoint of {name}")
+    _restore_random_state(torch.load(path / f"random_rank{rank()}.pt", weights_only=True))
+    return state
+
+
+def _empty_folder(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,143 @@
+"""What steps 1 and 2 add to `transformers.Trainer`: exact resume, no bad checkpoint, curves in the run's folder."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from torch.utils.tensorboard import SummaryWriter
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+
+from common.engine import distributed
+from common.errors import TrainingDiverged
+from common.tracking import JsonlCallback
+
+COMPLETE_MARK = "complete"
+
+
+class RecipeTrainer(Trainer):
+    """A Trainer whose data order depends on seed and epoch alone, and which stops at a loss that is not finite.
+
+    The library's own length-grouped order comes from the global random state: a resumed run would see other batches,
+    and ranks whose states differ would share out different permutations.
+    """
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """As in the base class; raises `TrainingDiverged` for a NaN or infinite loss."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not math.isfinite(loss.item()):
+            raise TrainingDiverged(_diverged(f"loss {loss.item()}", self.state.global_step + 1))
+        return loss
+
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """The trained model's weights, gathered from all ranks onto rank 0 (empty elsewhere). Call on all ranks."""
+        return self.accelerator.get_state_dict(self.model_wrapped) or {}
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        return LengthGroupedOrder(
+            lengths=[len(row["input_ids"]) for row in dataset],
+            group_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            seed=args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+
+class LengthGroupedOrder(Sampler[int]):
+    """Every index once, those of similar length together, in an order that seed and epoch decide."""
+
+    def __init__(self, lengths: Sequence[int], group_size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self._lengths = list(lengths)
+        self._group_size = group_size
+        self._seed = seed
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch())
+        return iter(get_length_grouped_indices(self._lengths, self._group_size, generator=generator))
+
+
+class CheckpointGuard(TrainerCallback):
+    """Lets no diverged state into a checkpoint, and marks the checkpoints that every rank has finished writing."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Log, and so look at loss and gradient norm, before every checkpoint."""
+        if control.should_save:
+            control.should_log = True
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Raise `TrainingDiverged` for a value that is NaN or infinite."""
+        for name, value in (logs or {}).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise TrainingDiverged(_diverged(f"{name} {value}", state.global_step))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Mark the checkpoint once all ranks have written their parts."""
+        distributed.barrier()
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / COMPLETE_MARK).touch()
+
+
+def last_complete_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint under `folder` that was written to its end; None when there is none."""
+    complete = [Path(path) for path in _checkpoints(folder) if (Path(path) / COMPLETE_MARK).is_file()]
+    return complete[-1] if complete else None
+
+
+def remove_incomplete_checkpoints(folder: str | Path) -> None:
+    """Delete what a killed run left half written. Call on one process."""
+    for path in _checkpoints(folder):
+        if not (Path(path) / COMPLETE_MARK).is_file():
+            shutil.rmtree(path)
+
+
+def checkpoint_step(checkpoint: Path | None) -> int:
+    """The optimiser step after which `checkpoint` was taken; 0 for None."""
+    return int(checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")) if checkpoint else 0
+
+
+def run_callbacks(output_dir: str | Path, *, tensorboard: bool, checkpoint: Path | None) -> list[TrainerCallback]:
+    """The guard, `metrics.jsonl`, and TensorBoard under `output_dir`. Give the Trainer `report_to="none"`."""
+    output_dir = Path(output_dir)
+    callbacks: list[TrainerCallback] = [CheckpointGuard(), JsonlCallback(output_dir / "metrics.jsonl")]
+    if tensorboard and distributed.rank() == 0:
+        # purge_step hides the points that a killed run wrote after the checkpoint we resume from.
+        first_step = checkpoint_step(checkpoint) + 1
+        writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step if checkpoint else None)
+        callbacks.append(TensorBoardCallback(writer))
+    return callbacks
+
+
+def _checkpoints(folder: str | Path) -> list[str]:
+    return sort_checkpoints(str(folder)) if Path(folder).is_dir() else []
+
+
+def _diverged(what: str, step: int) -> str:
+    return (
+        f"{what} at step {step}. The last good checkpoint is kept; lower --learning_rate or raise --warmup_ratio, "
+        "or look at the data of this step"
+    )

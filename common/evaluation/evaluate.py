@@ -1,0 +1,267 @@
+"""Compare systems on held-out users: generate, score, and write report.json and report.md.
+
+    python -m common.evaluation.evaluate --data_dir RUN/data --output_dir RUN --annotator lexical \
+        --systems sft=RUN/step1_sft/model tppo=RUN/step3_tppo/model
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.config import option, parse_config
+from common.data.examples import load_examples
+from common.data.prompts import PromptBuilder
+from common.data.records import SPLITS, Example
+from common.errors import InputError, run_command
+from common.evaluation.generate import generate_rows, load_generator
+from common.evaluation.report import render_markdown, render_terminal
+from common.evaluation.summary import (
+    Row,
+    compare,
+    find_warnings,
+    gold_rows,
+    interval_maker,
+    measure_table,
+    score_rows,
+    summarise,
+)
+from common.feedback.annotator import ANNOTATORS, Annotator, load_annotator
+from common.files import atomic_write, read_json, write_json, write_jsonl
+
+REPORT_NAME = "report.json"
+GOLD = "gold"
+_SYSTEM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass
+class EvaluateConfig:
+    """Compare systems (model folders) on held-out users and write report.json and report.md."""
+
+    data_dir: str = option("", "Folder with train.jsonl, dev.jsonl and test.jsonl.")
+    systems: list[str] = option(
+        [], "name=model folder ..., in the order of training; a later one is compared with each before it."
+    )
+    output_dir: str = option("", "Folder of the run; report.json, report.md and generations/ are written there.")
+    overwrite: bool = option(False, "Replace the report that output_dir holds.")
+    annotator: str = option("lexical", "Who judges words and queries.", choices=list(ANNOTATORS))
+    truth: str = option("", "Latent truth of the simulated log; the annotator 'simulated' reads it.")
+    reward_annotator: str = option(
+        "", "Annotator whose labels trained the reward model; the report warns when it is the judge too.",
+        choices=["", *ANNOTATORS],
+    )
+    split: str = option("test", "Whose examples are used.", choices=list(SPLITS))
+    max_examples: int = option(0, "Use a random sample of this many examples; 0 uses all.")
+    num_queries: int = option(3, "Queries asked for (the paper's k: AOL 3, industrial log 10).")
+    prompt_template: str = option("plain", "The template that the systems were trained with.")
+    max_prompt_tokens: int = option(512, "Prompt budget in tokens; the newest events are kept.")
+    max_new_tokens: int = option(64, "Longest response in tokens, EOS included.")
+    decoding: str = option(
+        "both", "sampled, greedy, or both: then the main figures are sampled and the greedy ones stand beside them.",
+        choices=["sampled", "greedy", "both"],
+    )
+    temperature: float = option(1.0, "Of sampled decoding; 1 is the model's own distribution.")
+    batch_size: int = option(64, "Prompts generated at once; it takes part in what a seed draws.")
+    resamples: int = option(10_000, "Bootstrap resamples behind each interval.")
+    shown_examples: int = option(5, "Examples printed in report.md, drawn at random; they hold text from the log.")
+    timings: list[str] = option([], 'Files with {"stage": seconds} to be taken into the report.')
+    seed: int = option(0, "Seed of the sample of examples, the sampled responses and the bootstrap.")
+    dtype: str = option("fp32", "Precision of the models.", choices=["fp32", "bf16"])
+    attn_implementation: str = option("sdpa", "Attention kernel.", choices=["sdpa", "eager", "flash_attention_2"])
+    trust_remote_code: bool = option(False, "Run model code from the hub. Only for repositories that you trust.")
+
+
+def main() -> None:
+    """The command."""
+    started = time.perf_counter()
+    config = parse_config(EvaluateConfig)
+    systems = parse_systems(config.systems)
+    check_config(config)
+    timings = read_timings(config.timings)
+    output_dir = claim_report(config.output_dir, config.overwrite)
+    examples = choose_examples(load_examples(config.data_dir, config.split), config.max_examples, config.seed)
+    annotator = load_annotator(config.annotator, truth_path=config.truth, seed=config.seed)
+
+    rows = {name: generate_and_score(name, path, examples, annotator, config) for name, path in systems.items()}
+    gold = score_rows(examples, gold_rows(examples), annotator)
+
+    report = build_report(config, examples, rows, gold)
+    report["timings"] = {**timings, "evaluation": round(time.perf_counter() - started, 3)}
+    with atomic_write(output_dir / "report.md") as stream:
+        stream.write(render_markdown(report, choose_shown(examples, rows, config)))
+    write_json(output_dir / REPORT_NAME, report)
+    print(render_terminal(report, str(output_dir / "report.md")))
+
+
+def generate_and_score(
+    name: str, path: str, examples: Sequence[Example], annotator: Annotator, config: EvaluateConfig
+) -> dict[str, list[Row]]:
+    """Scored rows of one system for each decoding, also written under `generations/`."""
+    model, tokenizer = load_generator(
+        path, dtype=config.dtype, attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
+    rows: dict[str, list[Row]] = {}
+    for decoding in decodings_of(config):
+        generated = generate_rows(
+            model, tokenizer, builder, examples, decoding=decoding, temperature=config.temperature,
+            max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, seed=config.seed,
+            progress=f"{name}, {decoding}",
+        )
+        rows[decoding] = score_rows(examples, generated, annotator)
+        write_jsonl(Path(config.output_dir) / "generations" / f"{name}_{decoding}.jsonl", rows[decoding])
+    return rows
+
+
+def build_report(
+    config: EvaluateConfig, examples: Sequence[Example], rows: dict[str, dict[str, list[Row]]], gold: Sequence[Row]
+) -> dict[str, Any]:
+    """What report.json holds, timings aside.
+
+    `systems.<name>.<measure>` are of the main decoding; those of the other one stand under
+    `systems.<name>.<decoding>`, and in the same way within `comparisons.<later>_vs_<earlier>`.
+    """
+    main_decoding, *beside = decodings_of(config)
+    users = [example.user_id for example in examples]
+    interval = interval_maker(config.resamples, config.seed)
+    k = config.num_queries
+    tables = {
+        name: {decoding: measure_table(examples, of_decoding, k) for decoding, of_decoding in of_system.items()}
+        for name, of_system in rows.items()
+    }
+    metrics = {
+        name: {
+            decoding: summarise(table, rows[name][decoding], users, interval, k)
+            for decoding, table in of_system.items()
+        }
+        for name, of_system in tables.items()
+    }
+    comparisons = {
+        f"{later}_vs_{earlier}": {
+            decoding: compare(tables[later][decoding], tables[earlier][decoding], users, interval)
+            for decoding in decodings_of(config)
+        }
+        for earlier, later in combinations(rows, 2)
+    }
+
+    def nested(of_decoding: dict[str, Any]) -> dict[str, Any]:
+        return {**of_decoding[main_decoding], **{decoding: of_decoding[decoding] for decoding in beside}}
+
+    return {
+        "systems": {name: nested(of_decoding) for name, of_decoding in metrics.items()},
+        "references": {GOLD: summarise(measure_table(examples, gold, k), gold, users, interval, k)},
+        "comparisons": {pair: nested(of_decoding) for pair, of_decoding in comparisons.items()},
+        "warnings": find_warnings(metrics, config.annotator, config.reward_annotator),
+        "annotator": config.annotator,
+        "num_queries": k,
+        "data": {"split": config.split, "examples": len(examples), "users": len(set(users))},
+        "decoding": {
+            "main": main_decoding, "beside": next(iter(beside), None), "temperature": config.temperature,
+            "top_p": 1.0, "top_k": 0, "max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size,
+        },
+        "seed": config.seed,
+        "settings": asdict(config),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        },
+    }
+
+
+def decodings_of(config: EvaluateConfig) -> list[str]:
+    """The decodings to run, the main one first."""
+    return ["sampled", "greedy"] if config.decoding == "both" else [config.decoding]
+
+
+def choose_examples(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
+    """A random sample of `limit` examples in their order, all of them for 0. Raises `InputError` without any."""
+    if not examples:
+        raise InputError("no examples to evaluate on: this split is empty; choose another --split or more data")
+    if limit == 0 or limit >= len(examples):
+        return list(examples)
+    chosen = np.random.default_rng(seed).choice(len(examples), size=limit, replace=False)
+    return [examples[i] for i in sorted(chosen)]
+
+
+def choose_shown(
+    examples: Sequence[Example], rows: dict[str, dict[str, list[Row]]], config: EvaluateConfig
+) -> list[dict[str, Any]]:
+    """Random examples with each system's scored response under the main decoding, for report.md."""
+    decoding = decodings_of(config)[0]
+    places = {example.id: place for place, example in enumerate(examples)}
+    return [
+        {
+            "id": example.id,
+            "history": [event.query for event in example.history if event.type == "search"],
+            "targets": list(example.targets),
+            "responses": {name: of_system[decoding][places[example.id]] for name, of_system in rows.items()},
+        }
+        for example in (choose_examples(examples, config.shown_examples, config.seed) if config.shown_examples else [])
+    ]
+
+
+def parse_systems(items: Sequence[str]) -> dict[str, str]:
+    """`name=folder` texts as a mapping in their order. Raises `InputError` for other texts and for equal names."""
+    systems: dict[str, str] = {}
+    for item in items:
+        name, equals, path = item.partition("=")
+        if not equals or not path or not _SYSTEM_NAME.fullmatch(name):
+            raise InputError(f"--systems {item!r}: expected name=model folder, a name being letters, digits, . _ or -")
+        if name in systems or name == GOLD:
+            raise InputError(f"--systems {item!r}: the name {name!r} is taken; give each system its own")
+        systems[name] = path
+    if not systems:
+        raise InputError("--systems: name at least one system, such as sft=outputs/run/step1_sft/model")
+    return systems
+
+
+def check_config(config: EvaluateConfig) -> None:
+    """Raise `InputError` for settings that cannot be meant."""
+    for name in ("data_dir", "output_dir"):
+        if not getattr(config, name):
+            raise InputError(f"--{name} is needed")
+    for name in ("num_queries", "max_prompt_tokens", "max_new_tokens", "batch_size", "resamples"):
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name} must be at least 1, not {getattr(config, name)}")
+    for name in ("max_examples", "shown_examples", "seed"):
+        if getattr(config, name) < 0:
+            raise InputError(f"--{name} must not be negative, not {getattr(config, name)}")
+
+
+def claim_report(output_dir: str, overwrite: bool) -> Path:
+    """The folder to write to. Raises `InputError` when it holds a report already and `overwrite` is not given."""
+    path = Path(output_dir)
+    if (path / REPORT_NAME).exists() and not overwrite:
+        raise InputError(f"{path / REPORT_NAME} exists; add --overwrite to replace it, or choose another --output_dir")
+    return path
+
+
+def read_timings(paths: Sequence[str]) -> dict[str, float]:
+    """Seconds by stage from all files together. Raises `InputError` for a file with anything else in it."""
+    timings: dict[str, float] = {}
+    for path in paths:
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise InputError(f'{path}: expected {{"stage": seconds}}')
+        for stage, seconds in content.items():
+            if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not math.isfinite(seconds):
+                raise InputError(f"{path}: stage {stage!r} has {seconds!r} where seconds belong")
+            timings[stage] = float(seconds)
+    return timings
+
+
+if __name__ == "__main__":
+    run_command(main)

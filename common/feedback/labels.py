@@ -1,0 +1,121 @@
+"""Samples and their labels on disk: the files between `sample.py`, `label.py` and the reward model's training.
+
+A sample row: {"id", "example_id", "user_id", "group", "split", "origin", "history", "targets", "response", "finished"}.
+A label row: {"id", "sample_digest", "annotator", "words": [[0, 2], ...], "queries": [1, ...]}, one line a sample; the
+digest binds it to the sample's response.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from common.data.records import Event
+from common.errors import InputError
+from common.feedback.annotator import Annotation, FeedbackItem, check_annotation
+from common.files import digest, read_jsonl
+
+_TEXT_FIELDS = ("id", "example_id", "user_id", "group", "split", "origin", "response")
+
+
+def read_samples(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Sample rows by id, in the file's order.
+
+    Raises `InputError` for a missing or empty file, a row that is no sample, and an id that occurs twice.
+    """
+    samples: dict[str, dict[str, Any]] = {}
+    for number, row in read_jsonl(path):
+        for field in _TEXT_FIELDS:
+            if not isinstance(row.get(field), str):
+                raise InputError(f"{path}:{number}: a sample needs a text {field!r}; is this a file of sample.py?")
+        for field in ("history", "targets"):
+            if not isinstance(row.get(field), list):
+                raise InputError(f"{path}:{number}: a sample needs a list {field!r}; is this a file of sample.py?")
+        if not all(isinstance(target, str) for target in row["targets"]):
+            raise InputError(f"{path}:{number}: the targets of a sample must be texts")
+        if row["id"] in samples:
+            raise InputError(f"{path}:{number}: sample {row['id']!r} occurs twice")
+        samples[row["id"]] = row
+    if not samples:
+        raise InputError(f"{path}: no samples; run sample.py first")
+    return samples
+
+
+def sample_item(row: dict[str, Any]) -> FeedbackItem:
+    """What an annotator gets to see of a sample row; raises `InputError` for an event that is none."""
+    try:
+        history = tuple(Event.from_dict(event) for event in row["history"])
+    except ValueError as error:
+        raise InputError(f"sample {row['id']!r}: {error}") from None
+    return FeedbackItem(row["example_id"], row["user_id"], history, tuple(row["targets"]), row["response"])
+
+
+def label_row(sample: dict[str, Any], annotator: str, annotation: Annotation) -> dict[str, Any]:
+    """The label row of a sample; raises `ValueError` for an annotation that does not fit its response."""
+    check_annotation(annotation, sample["response"])
+    return {
+        "id": sample["id"],
+        "sample_digest": digest(sample["id"], sample["response"]),
+        "annotator": annotator,
+        "words": [list(scores) for scores in annotation.word_scores],
+        "queries": list(annotation.query_scores),
+    }
+
+
+def read_existing_labels(
+    labels_path: str | Path, samples: dict[str, dict[str, Any]], *, annotator: str | None = None
+) -> dict[str, Annotation]:
+    """Annotations by sample id, in the file's order; the file need not cover all samples.
+
+    Raises `InputError` with file and line for a row that is no label, a sample that `samples` lacks or that had
+    another response, an id that occurs twice, scores that do not fit the response, and labels of two annotators or
+    of another one than `annotator`.
+    """
+    labels: dict[str, Annotation] = {}
+    for number, row in read_jsonl(labels_path):
+        place = f"{labels_path}:{number}"
+        id_ = row.get("id")
+        sample = samples.get(id_) if isinstance(id_, str) else None
+        if sample is None or row.get("sample_digest") != digest(sample["id"], sample["response"]):
+            raise InputError(
+                f"{place}: label {id_!r} belongs to another sample file; "
+                "give the file that was labelled, or label this one into a new file"
+            )
+        annotator = annotator or row.get("annotator")
+        if row.get("annotator") != annotator:
+            raise InputError(
+                f"{place}: labelled by {row.get('annotator')!r}, not by {annotator!r}; "
+                "one file holds one annotator's labels: choose another labels file"
+            )
+        if id_ in labels:
+            raise InputError(f"{place}: sample {id_!r} is labelled twice")
+        labels[id_] = _annotation(row, sample["response"], place)
+    return labels
+
+
+def read_labels(samples_path: str | Path, labels_path: str | Path) -> list[tuple[dict[str, Any], Annotation]]:
+    """Each sample row with its annotation, in the order of the samples.
+
+    Raises `InputError` where the labels do not fit (see `read_existing_labels`) or a sample has none.
+    """
+    samples = read_samples(samples_path)
+    labels = read_existing_labels(labels_path, samples)
+    missing = [id_ for id_ in samples if id_ not in labels]
+    if missing:
+        raise InputError(
+            f"{labels_path}: {len(missing)} of {len(samples)} samples have no label, the first is {missing[0]!r}; "
+            "run label.py again, it goes on where it stopped"
+        )
+    return [(sample, labels[id_]) for id_, sample in samples.items()]
+
+
+def _annotation(row: dict[str, Any], response: str, place: str) -> Annotation:
+    words, queries = row.get("words"), row.get("queries")
+    if not isinstance(queries, list) or not isinstance(words, list) or not all(isinstance(q, list) for q in words):
+        raise InputError(f"{place}: a label needs a list 'queries' and a list of lists 'words'")
+    annotation = Annotation(tuple(map(tuple, words)), tuple(queries))
+    try:
+        check_annotation(annotation, response)
+    except ValueError as error:
+        raise InputError(f"{place}: {error}") from None
+    return annotation

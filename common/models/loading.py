@@ -1,0 +1,213 @@
+"""Causal language models and their tokenizers: loaded with what this project needs of them, saved as whole folders."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from common.alignment import TokenDecoder
+from common.config import LoraOptions, ModelOptions
+from common.errors import InputError
+
+ADAPTER_FOLDER = "adapter"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False, pad_token: str = "") -> PreTrainedTokenizerBase:
+    """A fast tokenizer with EOS and padding (on the left, where generation needs it) whose ids can be traced to text.
+
+    `pad_token` is `eos` (padding looks like EOS; masks are made from lengths, so EOS is learned all the same) or a
+    token of the vocabulary; empty keeps the tokenizer's own. Raises `InputError` when one of these is missing.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise InputError(f"{path}: cannot load a tokenizer ({_first_line(error)})") from error
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{path}: {type(tokenizer).__name__} has no fast version, so its tokens have no character offsets; "
+            "choose a model with a tokenizer.json, or convert it with transformers.convert_slow_tokenizer"
+        )
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{path}: the tokenizer has no EOS token, so no response can end; set eos_token in its folder")
+    TokenDecoder(tokenizer)  # raises for a kind that rewards could not be traced through
+    if pad_token == "eos":
+        tokenizer.pad_token = tokenizer.eos_token
+    elif pad_token:
+        if pad_token not in tokenizer.get_vocab():
+            raise InputError(f"{path}: --pad_token {pad_token!r} is no token of this vocabulary; 'eos' always is")
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"{path}: the tokenizer has no pad token; add --pad_token eos, or name a token that is unused")
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_model_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's configuration alone, for checks before the weights are read. Raises `InputError`."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise InputError(f"{path}: cannot read a model configuration ({_first_line(error)})") from error
+
+
+def load_causal_lm(path: str, options: ModelOptions) -> PreTrainedModel:
+    """The language model under `path` (folder or hub name), on the CPU, or sharded where ZeRO-3 has been set up.
+
+    Raises `InputError` when it is no causal language model, lacks weights, or its attention kernel cannot run here.
+    """
+    check_attention(options.attn_implementation, options.dtype)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES[options.dtype],
+            attn_implementation=options.attn_implementation,
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise InputError(f"{path}: cannot load a causal language model ({_first_line(error)})") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(
+            f"{path}: no trained causal language model, {len(missing)} of its weights are missing ({missing[0]}, ...); "
+            "give a model that was trained to generate"
+        )
+    return model
+
+
+def check_attention(implementation: str, dtype: str) -> None:
+    """Raise `InputError` unless this machine can run the attention kernel in this precision."""
+    if implementation != "flash_attention_2":
+        return
+    if not torch.cuda.is_available():
+        raise InputError("--attn_implementation flash_attention_2 needs a CUDA GPU and there is none; use sdpa")
+    if importlib.util.find_spec("flash_attn") is None:
+        raise InputError(
+            "--attn_implementation flash_attention_2 needs the flash-attn package "
+            "(pip install -r requirements-gpu.txt); or use sdpa"
+        )
+    if dtype != "bf16":
+        raise InputError(f"--attn_implementation flash_attention_2 computes in bf16, not {dtype}; add --dtype bf16")
+
+
+def check_lengths(config: PreTrainedConfig, max_tokens: int) -> None:
+    """Raise `InputError` when `max_tokens` (prompt and response) are more than the model has positions for."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_tokens > positions:
+        raise InputError(
+            f"a prompt and its response may have {max_tokens} tokens, but the model has {positions} positions; "
+            "lower --max_prompt_tokens or --max_response_tokens"
+        )
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `InputError` when the tokenizer can write an id that the model has no embedding for."""
+    embeddings = model.get_input_embeddings().num_embeddings
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= embeddings:
+        raise InputError(
+            f"the tokenizer has ids up to {largest}, but the model embeds only {embeddings} of them: "
+            "they do not belong together"
+        )
+
+
+def apply_lora(model: PreTrainedModel, options: LoraOptions) -> PreTrainedModel | PeftModel:
+    """`model` with trainable adapters and everything else frozen; `model` itself when `lora_r` is 0.
+
+    Raises `InputError` when no module has the names asked for.
+    """
+    if options.lora_r == 0:
+        return model
+    names = options.lora_target_modules
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=names if names == "all-linear" else [name.strip() for name in names.split(",")],
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"--lora_target_modules {names}: {_first_line(error)}") from error
+
+
+def save_model_folder(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    generation: Mapping[str, Any],
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write a complete Hugging Face folder: safetensors, tokenizer, and a generation config with EOS and pad ids.
+
+    A model with LoRA adapters is saved merged, so that the folder loads like any other, and its adapters alone in the
+    subfolder `adapter`. `generation` holds further settings (`max_new_tokens`, ...). `state_dict` are the whole
+    weights where the model's own are sharded. The folder appears under `path` only once it is complete, in the place
+    of an earlier one. Call it on one process; `model` is left as it was. Returns `path`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    if isinstance(model, PeftModel):
+        state_dict = state_dict or model.state_dict()
+        model.save_pretrained(str(temporary / ADAPTER_FOLDER), state_dict=dict(state_dict))
+        model, state_dict = _merged(model, state_dict), None
+    model.save_pretrained(temporary, state_dict=state_dict)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = copy.deepcopy(model.config)
+    # Training turns the cache off in the configuration; whoever loads the folder wants it.
+    config.update({**special, "use_cache": True})
+    config.save_pretrained(temporary)
+    GenerationConfig(**special, **generation).save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    return _replace_folder(temporary, path)
+
+
+def _merged(model: PeftModel, state_dict: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """A copy of the base model with the adapters added to its weights; built from `state_dict`, which is left alone.
+
+    The copy starts without storage (device "meta") and takes its weights from `state_dict`: the model at hand may be
+    sharded, and may have to go on training with its adapters apart.
+    """
+    base = model.get_base_model()
+    with torch.device("meta"):
+        skeleton = get_peft_model(type(base)(copy.deepcopy(base.config)), copy.deepcopy(model.peft_config["default"]))
+    skeleton.load_state_dict(dict(state_dict), assign=True)
+    skeleton.get_base_model().tie_weights()
+    # safe_merge adds into copies instead of in place, which would reach the tensors of `state_dict`.
+    return skeleton.merge_and_unload(safe_merge=True)
+
+
+def _replace_folder(temporary: Path, path: Path) -> Path:
+    """Rename `temporary` to `path`; a folder cannot replace a full one, so an earlier one steps aside first."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    temporary.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of a library's message; the whole stands in the chained exception."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,58 @@
+"""The critic: a language model's trunk with one number per token, the value of the state before the next token."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+from common.config import ModelOptions
+from common.models.sequences import SequenceBatch, forward_arguments
+
+VALUE_HEAD_NAME = "value_head.safetensors"
+
+
+class ValueModel(nn.Module):
+    """Trunk and linear value head; `forward` gives V(s_t) for each response token t."""
+
+    def __init__(self, trunk: PreTrainedModel) -> None:
+        super().__init__()
+        self.trunk = trunk
+        hidden_size = trunk.config.get_text_config().hidden_size
+        self.value_head = nn.Linear(hidden_size, 1)
+        # Small initial values: N(0, 1 / (h + 1)), as in summarize_from_feedback_details.
+        nn.init.normal_(self.value_head.weight, std=1 / math.sqrt(hidden_size + 1))
+        nn.init.zeros_(self.value_head.bias)
+
+    def forward(self, batch: SequenceBatch) -> torch.Tensor:
+        """Values (B, T) in fp32: V_t is read at position P + t - 1, before token t is there."""
+        hidden = self.trunk(**forward_arguments(self.trunk, batch)).last_hidden_state
+        length = batch.response_mask.shape[1]
+        return self.value_head(hidden[:, -length - 1 : -1]).squeeze(-1).float()
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute the trunk's activations in the backward pass."""
+        self.trunk.gradient_checkpointing_enable()
+
+
+def load_value_model(path: str | Path, options: ModelOptions) -> ValueModel:
+    """A critic on the trunk of the model at `path` (a causal language model's folder), with a fresh value head."""
+    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    trunk = AutoModel.from_pretrained(
+        path, dtype=dtype, attn_implementation=options.attn_implementation, trust_remote_code=options.trust_remote_code
+    )
+    model = ValueModel(trunk)
+    model.value_head.to(dtype)
+    return model
+
+
+def save_value_model(model: ValueModel, state: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Write the trunk as a Hugging Face folder and the head beside it; `state` holds the whole weights."""
+    trunk = {key.removeprefix("trunk."): value for key, value in state.items() if key.startswith("trunk.")}
+    head = {key.removeprefix("value_head."): value for key, value in state.items() if key.startswith("value_head.")}
+    model.trunk.save_pretrained(path, state_dict=trunk)
+    save_file(head, Path(path) / VALUE_HEAD_NAME)

@@ -1,0 +1,72 @@
+# Sourced by every script here: the repository root, its virtual environment, and what ranks need to know.
+#
+#   TPPO_VENV=/path    use this virtual environment instead of .venv (it is made when missing)
+#   TPPO_VENV=none     use the Python that is active, and install nothing
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$ROOT"
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+
+# install_requirements FILE: make the virtual environment when there is none, and install FILE into it unless exactly
+# this has been done before (a stamp holds the requirement files' checksum).
+install_requirements() {
+    local file="$1" venv="${TPPO_VENV:-$ROOT/.venv}"
+    [ "$venv" = none ] && return
+    if [ ! -x "$venv/bin/python" ]; then
+        local python
+        python="$(command -v python3.11 || command -v python3)" || { echo "error: no python3 found" >&2; exit 2; }
+        echo "making the virtual environment $venv with $python"
+        "$python" -m venv "$venv"
+    fi
+    local stamp="$venv/.$(basename "$file").installed" sum
+    sum="$(cat requirements.txt "$file" | cksum)"
+    if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$sum" ]; then
+        echo "installing $file"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file"
+        echo "$sum" > "$stamp"
+    fi
+    export PATH="$venv/bin:$PATH"
+}
+
+# Without a GPU the ranks are CPU processes over gloo, each on its share of the cores.
+use_cpu_ranks_without_gpu() {
+    if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        export DS_ACCELERATOR=cpu
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) > 2 ? $(nproc) / 2 : 1 ))}"
+    fi
+    export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+}
+
+# launch SCRIPT FLAGS...: run SCRIPT under the deepspeed launcher. Launcher flags (--num_gpus, --num_nodes, --hostfile,
+# --include, --exclude, --master_addr, --master_port, --launcher, --launcher_args) are taken out of FLAGS, the rest
+# goes to SCRIPT. On CPU ranks two processes are started unless --num_gpus says otherwise.
+launch() {
+    local script="$1"; shift
+    local launcher=() flags=() placed=""
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            --num_gpus|--num_nodes|--hostfile|--include|--exclude|--master_addr|--master_port|--launcher|--launcher_args)
+                [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
+                case "$1" in --num_gpus|--hostfile|--include) placed=yes ;; esac
+                launcher+=("$1" "$2"); shift 2 ;;
+            --num_gpus=*|--hostfile=*|--include=*) placed=yes; launcher+=("$1"); shift ;;
+            --num_nodes=*|--exclude=*|--master_addr=*|--master_port=*|--launcher=*|--launcher_args=*)
+                launcher+=("$1"); shift ;;
+            *) flags+=("$1"); shift ;;
+        esac
+    done
+    if [ -z "$placed" ] && [ "${DS_ACCELERATOR:-}" = cpu ]; then
+        launcher+=(--num_gpus 2)
+    fi
+    case " ${launcher[*]} " in
+        *--master_port*|*--hostfile*) ;;
+        *) launcher+=(--master_port "$(free_port)") ;;
+    esac
+    # Ranks are read from the environment, so that flags are the user's alone.
+    deepspeed "${launcher[@]}" --no_local_rank "$script" "${flags[@]}"
+}
+
+# A free port, so that two runs on one machine do not meet.
+free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}

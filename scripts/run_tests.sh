@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Install what the tests need and run them; arguments go to pytest.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+install_requirements requirements-dev.txt
+use_cpu_ranks_without_gpu
+export OMP_NUM_THREADS=1
+exec python -m pytest "$@"

@@ -1,0 +1,124 @@
+"""Step 1: supervised fine-tuning (SFT).
+
+    deepspeed --num_gpus 8 step1_sft/main.py --config step1_sft/configs/llama_lora_8gpu.yaml --data_dir ... \\
+        --model_name_or_path ... --output_dir outputs/my_run/step1_sft
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from common.config import parse_config
+from common.data.examples import load_examples
+from common.data.prompts import PromptBuilder
+from common.engine import distributed
+from common.engine.trainer import last_complete_checkpoint, remove_incomplete_checkpoints, run_callbacks
+from common.errors import run_command
+from common.files import claim_output_dir, write_json
+from common.models.loading import (
+    apply_lora,
+    check_attention,
+    check_lengths,
+    check_vocabulary,
+    load_causal_lm,
+    load_model_config,
+    load_tokenizer,
+    save_model_folder,
+)
+from step1_sft.config import MAY_DIFFER, SftConfig, check_config, training_arguments
+from step1_sft.dataset import PadRight, Rows, build_rows
+from step1_sft.trainer import SftTrainer
+
+
+def main() -> None:
+    """Fine-tune `model_name_or_path` on the responses of the train examples; write `<output_dir>/model`."""
+    config = parse_config(SftConfig)
+    check_config(config)
+    check_attention(config.attn_implementation, config.dtype)
+    start = time.monotonic()
+    distributed.start()
+    distributed.seed_everything(config.seed)
+
+    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, config.pad_token)
+    check_lengths(
+        load_model_config(config.model_name_or_path, config.trust_remote_code),
+        config.max_prompt_tokens + config.max_response_tokens,
+    )
+    builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
+    train, dev = (
+        build_rows(load_examples(config.data_dir, split), builder, config.max_response_tokens)
+        for split in ("train", "dev")
+    )
+    args = training_arguments(config)
+    distributed.on_main_first(lambda: prepare_output(config))
+    checkpoint = last_complete_checkpoint(args.output_dir)
+    announce(config, train, dev, checkpoint)
+
+    model = load_causal_lm(config.model_name_or_path, config)
+    check_vocabulary(model, tokenizer)
+    trainer = SftTrainer(
+        model=apply_lora(model, config),
+        args=args,
+        train_dataset=train.rows,
+        eval_dataset=dev.rows,
+        data_collator=PadRight(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        callbacks=run_callbacks(config.output_dir, tensorboard=config.tensorboard, checkpoint=checkpoint),
+        prompt_loss_weight=config.prompt_loss_weight,
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    save(trainer, config)
+    if distributed.rank() == 0:
+        write_json(Path(config.output_dir) / "timings.json", {"step1_sft": round(time.monotonic() - start, 1)})
+        print(closing_words(config), flush=True)
+
+
+def prepare_output(config: SftConfig) -> None:
+    """Claim the output folder (rank 0 only)."""
+    output_dir = claim_output_dir(
+        config.output_dir, asdict(config), resume=config.resume, overwrite=config.overwrite, may_differ=MAY_DIFFER
+    )
+    remove_incomplete_checkpoints(output_dir / "checkpoints")
+
+
+def announce(config: SftConfig, train: Rows, dev: Rows, checkpoint: Path | None) -> None:
+    """Say what is about to happen."""
+    if distributed.rank() != 0:
+        return
+    for name, rows in (("train", train), ("dev", dev)):
+        print(
+            f"{name}: {len(rows.rows)} examples; {rows.too_long} left out, their response is over "
+            f"{config.max_response_tokens} tokens",
+            flush=True,
+        )
+    if config.resume:
+        print(f"resuming from {checkpoint or 'the start: there is no complete checkpoint yet'}", flush=True)
+
+
+def save(trainer: SftTrainer, config: SftConfig) -> None:
+    """Write the model folder on rank 0; all ranks give their shards."""
+    weights = trainer.whole_weights()
+    generation = {"max_new_tokens": config.max_response_tokens, "do_sample": True}
+    distributed.on_main_first(
+        lambda: save_model_folder(
+            trainer.model, trainer.processing_class, Path(config.output_dir) / "model", generation, weights
+        )
+    )
+
+
+def closing_words(config: SftConfig) -> str:
+    """Where everything lies and what comes next."""
+    output = Path(config.output_dir)
+    adapter = f" (merged; the adapter alone: {output}/model/adapter)" if config.lora_r else ""
+    return (
+        f"model:       {output}/model{adapter}\n"
+        f"metrics:     {output}/metrics.jsonl\n"
+        + (f"tensorboard: tensorboard --logdir {output}/tensorboard\n" if config.tensorboard else "")
+        + f"next:        bash scripts/run_step2.sh --model_name_or_path {output}/model"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,100 @@
+"""Settings of step 3; every default names its source where it has one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.config import LoraOptions, ModelOptions, RunOptions, ZeroOptions, option
+from common.errors import InputError
+
+
+@dataclass
+class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
+    """Token-level PPO: tune the model of step 1 with the reward model of step 2."""
+
+    actor_path: str = option("", "Model folder or hub name that is tuned; also the reference. Step 1's model.")
+    reward_path: str = option("", "Token reward model, step 2's model.")
+    critic_path: str = option("", "Model whose trunk the critic starts from; empty: the actor's.")
+    data_dir: str = option("", "Folder with train.jsonl, made by common.data.prepare.")
+    pad_token: str = option("", "Token to pad with when the tokenizer has none: 'eos' or a token.")
+    prompt_template: str = option("plain", "plain, compact, chat, or a Jinja file. As in step 1.")
+    num_queries: int = option(3, "k, queries a response (paper: 3 for AOL, 10 for the industrial log).")
+    max_prompt_tokens: int = option(512, "Budget of the prompt in tokens; the oldest events are left out.")
+    max_response_tokens: int = option(48, "Longest response in tokens, EOS included.")
+
+    total_steps: int = option(200, "Rollouts to make, each followed by its PPO updates.")
+    rollout_batch_size: int = option(64, "Prompts a rollout, over all ranks.")
+    samples_per_prompt: int = option(1, "Responses sampled for each prompt.")
+    mini_batch_size: int = option(32, "Responses an optimiser step, over all ranks.")
+    micro_batch_size: int = option(8, "Responses a forward and backward pass, on each rank.")
+    scoring_batch_size: int = option(32, "Responses a pass without gradients, on each rank.")
+    ppo_epochs: int = option(1, "Passes over each rollout.")
+    temperature: float = option(1.0, "Sampling temperature; log-probs are those of the same distribution.")
+
+    actor_learning_rate: float = option(1e-6, "Peak learning rate of the actor (full fine-tuning of 7B class models).")
+    critic_learning_rate: float = option(5e-6, "Peak learning rate of the critic (2 to 10 times the actor's).")
+    lr_schedule: str = option(
+        "constant", "After the warm-up: constant, or linear to 0.", choices=["constant", "linear"]
+    )
+    warmup_steps: int = option(0, "Steps of linear learning-rate warm-up.")
+    weight_decay: float = option(0.0, "AdamW's weight decay.")
+    adam_epsilon: float = option(1e-5, "AdamW's epsilon (summarize_from_feedback_details, detail of PPO).")
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
+    critic_warmup_steps: int = option(5, "First steps in which the critic alone learns.")
+
+    gamma: float = option(1.0, "Discount.")
+    lam: float = option(0.95, "Lambda of generalised advantage estimation.")
+    clip_range: float = option(0.2, "PPO's epsilon for the policy.")
+    value_clip_range: float = option(0.2, "Epsilon of the clipped value loss.")
+    whiten_advantages: bool = option(True, "Whiten advantages over the response tokens of all ranks.")
+    kl_coef: float = option(0.08, "beta: cost of each token's log pi - log pi_ref in the reward.")
+    target_kl: float = option(0.1, "Skip what is left of a rollout's updates once approx_kl exceeds it; 0: never.")
+
+    reward_level: str = option(
+        "token", "Where the reward stands: each token (TPPO), each query's end, or the response's end (PPO).",
+        choices=["token", "query", "response"],
+    )
+    reward_spread: str = option(
+        "split", "A word's score on its tokens: copied to each, or split over them.", choices=["split", "copy"]
+    )
+    centre_rewards: bool = option(True, "Score 0..2 becomes -1..1: an all-positive reward pays for length.")
+    normalise_rewards: bool = option(True, "Divide by the query's words: long queries are not worth more.")
+    length_alpha: float = option(0.9, "Length-weighted penalty: factor for each token past the suggested length.")
+    suggested_length: int = option(0, "sl, in tokens a query; 0: the median over the training targets (paper).")
+    list_cost: float = option(1.0, "Cost of each missing line, and of a missing EOS.")
+
+    hybrid_weights: str = option(
+        "gathered", "Weights during rollout under ZeRO-3: gathered (fast) or sharded (little memory).",
+        choices=["gathered", "sharded"],
+    )
+    save_steps: int = option(50, "Checkpoint every so many steps, and at the end.")
+    keep_checkpoints: int = option(2, "Newest checkpoints to keep.")
+    sample_steps: int = option(20, "Show sampled responses with each token's reward every so many steps.")
+
+    def validate(self, world_size: int) -> None:
+        """Refuse settings that cannot work together; raises `InputError` that says what to change."""
+        for name in ("output_dir", "actor_path", "reward_path", "data_dir"):
+            if not getattr(self, name):
+                raise InputError(f"--{name} is missing (see --help, or give a --config that holds it)")
+        positive = (
+            "num_queries", "max_prompt_tokens", "max_response_tokens", "total_steps", "rollout_batch_size",
+            "samples_per_prompt", "mini_batch_size", "micro_batch_size", "scoring_batch_size", "ppo_epochs",
+            "temperature", "save_steps", "keep_checkpoints", "sample_steps",
+        )
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise InputError(f"--{name} must be positive, not {getattr(self, name)}")
+        _check_divides("rollout_batch_size", self.rollout_batch_size, world_size, "the number of ranks")
+        per_step = self.micro_batch_size * world_size
+        _check_divides("mini_batch_size", self.mini_batch_size, per_step, "micro_batch_size x the number of ranks")
+        responses = self.rollout_batch_size * self.samples_per_prompt
+        _check_divides("rollout_batch_size x samples_per_prompt", responses, self.mini_batch_size, "mini_batch_size")
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches an optimiser step, on each rank."""
+        return self.mini_batch_size // (self.micro_batch_size * world_size)
+
+
+def _check_divides(name: str, value: int, divisor: int, divisor_name: str) -> None:
+    if value % divisor:
+        raise InputError(f"{name} is {value}, which {divisor_name} ({divisor}) does not divide; change one of them")

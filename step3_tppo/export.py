@@ -1,0 +1,45 @@
+"""From sharded engines to folders that anyone can load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from common.engine.distributed import barrier, rank
+from common.engine.hybrid import HybridEngine
+from common.models.loading import save_model_folder
+from common.models.value_model import save_value_model
+from step3_tppo.config import Step3Config
+from step3_tppo.models import Models
+
+
+def export_models(models: Models, tokenizer: PreTrainedTokenizerBase, config: Step3Config) -> None:
+    """Write the tuned actor (`model/`, with LoRA also its adapters) and the critic (`critic/`). All ranks must call."""
+    folder = Path(config.output_dir)
+    state = whole_state_dict(models.actor)
+    if rank() == 0:
+        generation = {
+            "do_sample": True, "temperature": config.temperature, "max_new_tokens": config.max_response_tokens
+        }
+        save_model_folder(models.actor.module, tokenizer, folder / "model", generation, state)
+    state = whole_state_dict(models.critic)
+    if rank() == 0:
+        temporary = folder / ".critic.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        save_value_model(models.critic.module, state, temporary)
+        shutil.rmtree(folder / "critic", ignore_errors=True)
+        temporary.rename(folder / "critic")
+    barrier()
+
+
+def whole_state_dict(hybrid: HybridEngine) -> dict[str, torch.Tensor]:
+    """The engine's whole weights on rank 0 (elsewhere what it returns is incomplete); parameter by parameter under
+    ZeRO-3, so that no rank but the first needs memory for them. All ranks must call.
+    """
+    engine = hybrid.engine
+    if engine.zero_optimization_partition_weights():
+        return engine._zero3_consolidated_16bit_state_dict()
+    return hybrid.module.state_dict()

@@ -1,0 +1,89 @@
+"""PPO's losses at every token. All tensors are (B, T) over response tokens; method, section 3.
+
+Each loss is a **sum** over the response tokens of a micro-batch divided by `tokens`, the response tokens of the whole
+optimiser step over all ranks. A mean of micro-batch means would weigh a token in a short micro-batch more than one
+in a long (OpenRLHF `utils/loss_utils.py`, issue 1249); see `token_denominator`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from common.engine.distributed import sum_over_ranks, world_size
+
+MAX_LOG_RATIO = 20.0
+
+
+class PolicyLoss(NamedTuple):
+    """The policy's loss and what tells whether the update is sane; all but `loss` are sums over masked tokens."""
+
+    loss: torch.Tensor
+    clipped: torch.Tensor
+    approx_kl: torch.Tensor
+    max_ratio: torch.Tensor
+
+
+class ValueLoss(NamedTuple):
+    """The critic's loss and the number of masked tokens where the clip was active."""
+
+    loss: torch.Tensor
+    clipped: torch.Tensor
+
+
+def token_denominator(mask: torch.Tensor, accumulation_steps: int) -> torch.Tensor:
+    """What to divide each micro-batch's sum by, given this rank's mask of the **whole optimiser step** (any shape).
+
+    DeepSpeed divides each loss by the accumulation steps and averages gradients over ranks; both are multiplied out
+    here, so that what is optimised is the sum over all tokens divided by their number on all ranks.
+    """
+    tokens = sum_over_ranks(mask.sum().double()).clamp(min=1.0)
+    return tokens / (accumulation_steps * world_size())
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    clip_range: float,
+    tokens: torch.Tensor,
+) -> PolicyLoss:
+    """`-sum m min(rho A, clip(rho, 1-eps, 1+eps) A) / tokens`, `rho = exp(logprob - old logprob)`.
+
+    `approx_kl` is `(rho - 1) - log rho` (k3; Schulman 2020, as in CleanRL). The log ratio is clamped to +-20.
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = log_ratio.exp()
+    advantages = torch.where(mask, advantages, 0.0)
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    with torch.no_grad():
+        approx_kl = torch.where(mask, ratio - 1 - log_ratio, 0.0).sum()
+        active = (clipped < unclipped).sum()
+        max_ratio = torch.where(mask, ratio, 0.0).max()
+    return PolicyLoss(-torch.minimum(unclipped, clipped).sum() / tokens, active, approx_kl, max_ratio)
+
+
+def value_loss(
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    mask: torch.Tensor,
+    clip_range: float,
+    tokens: torch.Tensor,
+) -> ValueLoss:
+    """`0.5 sum m max((V - ret)^2, (clip(V, V_old +- eps) - ret)^2) / tokens`."""
+    difference = torch.where(mask, values - returns, 0.0)
+    clipped_values = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    clipped_difference = torch.where(mask, clipped_values - returns, 0.0)
+    squared, clipped_squared = difference.square(), clipped_difference.square()
+    with torch.no_grad():
+        active = (clipped_squared > squared).sum()
+    return ValueLoss(0.5 * torch.maximum(squared, clipped_squared).sum() / tokens, active)
+
+
+def k1_kl(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`log pi - log pi_ref` of each sampled token: an unbiased estimate of the KL when it stands in the reward."""
+    return torch.where(mask, logprobs - reference_logprobs, 0.0)

@@ -1,0 +1,96 @@
+"""Step 3: token-level PPO.
+
+    bash scripts/run_step3.sh --config step3_tppo/configs/tiny.yaml --actor_path outputs/run/step1_sft/model \
+        --reward_path outputs/run/step2_token_reward/model --data_dir outputs/run/data \
+        --output_dir outputs/run/step3_tppo
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from common.config import parse_config
+from common.data.examples import load_examples
+from common.data.prompts import PromptBuilder
+from common.data.records import Example
+from common.engine import distributed
+from common.errors import InputError, run_command
+from common.files import claim_output_dir, write_json
+from common.models.loading import load_tokenizer
+from step3_tppo.config import Step3Config
+from step3_tppo.export import export_models
+from step3_tppo.models import build_models
+from step3_tppo.rollout import RolloutMaker, reward_options
+from step3_tppo.trainer import TPPOTrainer
+
+MAY_DIFFER_ON_RESUME = frozenset(
+    {"resume", "overwrite", "total_steps", "save_steps", "keep_checkpoints", "sample_steps", "tensorboard"}
+)
+
+
+def main() -> None:
+    """Parse, load, train, save."""
+    begun = time.perf_counter()
+    config = parse_config(Step3Config)
+    device = distributed.start()
+    config.validate(distributed.world_size())
+    distributed.on_main_first(lambda: claim(config))
+    distributed.seed_everything(config.seed)
+
+    tokenizer = load_tokenizer(config.actor_path, config.trust_remote_code, config.pad_token)
+    prompts = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
+    examples = load_examples(config.data_dir, "train")
+    length = config.suggested_length or median_query_tokens(tokenizer, examples)
+
+    models = build_models(config, tokenizer)
+    make_rollout = RolloutMaker(models, prompts, reward_options(config, length), config, device)
+    TPPOTrainer(config, models, make_rollout, examples, device).train(config.output_dir)
+
+    export_models(models, tokenizer, config)
+    distributed.on_main_first(lambda: report(config, time.perf_counter() - begun))
+
+
+def claim(config: Step3Config) -> None:
+    """Take the output folder for this run, or refuse."""
+    claim_output_dir(
+        config.output_dir,
+        dataclasses.asdict(config),
+        resume=config.resume,
+        overwrite=config.overwrite,
+        may_differ=MAY_DIFFER_ON_RESUME,
+    )
+
+
+def median_query_tokens(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> int:
+    """The paper's suggested length: the median number of tokens of all target queries."""
+    queries = [query for example in examples for query in example.targets]
+    if not queries:
+        raise InputError("the training examples have no targets; make them again with common.data.prepare")
+    lengths = [len(ids) for ids in tokenizer(queries, add_special_tokens=False)["input_ids"]]
+    return round(statistics.median(lengths))
+
+
+def report(config: Step3Config, seconds: float) -> None:
+    """Say where everything lies."""
+    folder = Path(config.output_dir)
+    write_json(folder / "timings.json", {"step3_tppo": round(seconds, 1)})
+    print(
+        f"\nstep 3 took {seconds:.0f} s\n"
+        f"  tuned model   {folder / 'model'}\n"
+        f"  critic        {folder / 'critic'}\n"
+        f"  checkpoints   {folder / 'checkpoints'}\n"
+        f"  metrics       {folder / 'metrics.jsonl'}\n"
+        f"  TensorBoard   tensorboard --logdir {folder}\n"
+        "next: bash scripts/evaluate.sh",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

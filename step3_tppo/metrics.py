@@ -1,0 +1,139 @@
+"""What is logged of a rollout and of its updates, each number reduced over all ranks."""
+
+from __future__ import annotations
+
+import torch
+
+from common.engine.distributed import max_over_ranks, sum_over_ranks, world_size
+from common.evaluation.metrics import is_format_error
+from common.text import normalise, split_queries
+from step3_tppo.rollout import Rollout, part_tensor
+
+REWARD_PARTS = ("model", "length_penalty", "guard")
+UPDATE_SUMS = ("policy_loss", "value_loss", "policy_clipped", "value_clipped", "approx_kl", "tokens", "steps")
+
+
+def rollout_metrics(rollout: Rollout, returns: torch.Tensor, advantages: torch.Tensor, beta: float, k: int) -> dict:
+    """Scalars of one rollout: rewards and their parts per token, per query and per response, KL, lengths, formats.
+
+    `returns` and `advantages` (before whitening) are (B, T); `beta` is the KL's coefficient, `k` the queries asked
+    for. The KL part of the reward is `-beta * kl`. Explained variance is that of the critic before its update.
+    """
+    mask = rollout.batch.response_mask
+    responses = [split_queries(response.text) for response in rollout.generated]
+    queries = [normalise(query) for response in responses for query in response]
+    sums = {name: part_tensor(rollout, name)[mask].sum() for name in REWARD_PARTS} | {
+        "kl_penalty": -beta * rollout.kl[mask].sum(),
+        "kl": rollout.kl[mask].sum(),
+        "entropy": rollout.entropy[mask].sum(),
+        "tokens": mask.sum(),
+        "responses": len(mask),
+        "queries": len(queries),
+        "finished": sum(response.finished for response in rollout.generated),
+        "format_errors": sum(
+            is_format_error(response.text, response.finished, k) for response in rollout.generated
+        ),
+        "repeats": sum(len(response) - len(set(map(normalise, response))) for response in responses),
+        "words": sum(len(query.split()) for query in queries),
+    }
+    total = _summed(sums)
+    tokens, count = max(total["tokens"], 1.0), max(total["responses"], 1.0)
+    lines = max(total["queries"], 1.0)
+    metrics = {f"reward/{name}_per_token": total[name] / tokens for name in (*REWARD_PARTS, "kl_penalty")}
+    metrics |= {f"reward/{name}_per_query": total[name] / lines for name in (*REWARD_PARTS, "kl_penalty")}
+    metrics |= {
+        "reward/score_per_response": sum(total[name] for name in REWARD_PARTS) / count,
+        "reward/total_per_response": sum(total[name] for name in (*REWARD_PARTS, "kl_penalty")) / count,
+        "kl/per_token": total["kl"] / tokens,
+        "kl/per_sequence": total["kl"] / count,
+        "policy/entropy": total["entropy"] / tokens,
+        "response/tokens": total["tokens"] / count,
+        "response/queries": total["queries"] / count,
+        "response/words_per_query": total["words"] / lines,
+        "response/eos_rate": total["finished"] / count,
+        "response/format_error_rate": total["format_errors"] / count,
+        "response/repeated_query_rate": total["repeats"] / lines,
+    }
+    return metrics | _value_metrics(rollout.values, returns, advantages, mask)
+
+
+def update_metrics(totals: torch.Tensor, max_ratio: torch.Tensor) -> dict[str, float]:
+    """Scalars of a rollout's updates from sums over this rank in the order of `UPDATE_SUMS` and the largest ratio."""
+    sums = dict(zip(UPDATE_SUMS, sum_over_ranks(totals).tolist(), strict=True))
+    tokens = max(sums["tokens"], 1.0)
+    steps = max(sums["steps"] / world_size(), 1.0)
+    return {
+        "loss/policy": sums["policy_loss"] / world_size() / steps,
+        "loss/value": sums["value_loss"] / world_size() / steps,
+        "policy/clip_fraction": sums["policy_clipped"] / tokens,
+        "policy/approx_kl": sums["approx_kl"] / tokens,
+        "policy/max_ratio": float(max_over_ranks(max_ratio)),
+        "value/clip_fraction": sums["value_clipped"] / tokens,
+        "policy/optimizer_steps": steps,
+    }
+
+
+def phase_metrics(seconds: dict[str, float], tokens: torch.Tensor) -> dict[str, float]:
+    """Seconds of each phase on the slowest rank, and response tokens a second over all ranks."""
+    names = sorted(seconds)
+    slowest = max_over_ranks(torch.tensor([seconds[name] for name in names], device=tokens.device)).tolist()
+    metrics = {f"seconds/{name}": value for name, value in zip(names, slowest, strict=True)}
+    all_tokens = float(sum_over_ranks(tokens))
+    metrics["seconds/step"] = sum(slowest)
+    metrics |= {
+        f"tokens_per_second/{name}": all_tokens / value for name, value in zip(names, slowest, strict=True) if value > 0
+    }
+    return metrics
+
+
+def samples_markdown(rollout: Rollout, limit: int = 4) -> str:
+    """A few responses with each token's reward, as a Markdown table whose cells are escaped."""
+    blocks = []
+    for row in range(min(limit, len(rollout.generated))):
+        decoded = rollout.decoded[row]
+        cells = [
+            f"| {_escape(decoded.text[int(start) : int(end + 0.999)])} | {reward:+.2f} | {kl:+.2f} |"
+            for (start, end), reward, kl in zip(
+                decoded.spans, rollout.parts[row].total, rollout.kl[row].tolist(), strict=False
+            )
+        ]
+        history = "; ".join(event.text for event in rollout.examples[row].history[-3:])
+        header = [f"**after:** {_escape(history)}", "", "| token | reward | KL |", "|---|---|---|"]
+        blocks.append("\n".join([*header, *cells]))
+    return "\n\n".join(blocks)
+
+
+def _value_metrics(
+    values: torch.Tensor, returns: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor
+) -> dict[str, float]:
+    """Means and deviations over the tokens of all ranks, and `1 - Var[returns - V] / Var[returns]`."""
+    columns = {"returns": returns[mask], "advantages": advantages[mask], "error": (returns - values)[mask]}
+    moments = _summed(
+        {"tokens": mask.sum()}
+        | {f"{name}_sum": column.sum() for name, column in columns.items()}
+        | {f"{name}_squares": column.double().square().sum() for name, column in columns.items()}
+    )
+    count = max(moments["tokens"], 1.0)
+    mean = {name: moments[f"{name}_sum"] / count for name in columns}
+    variance = {name: max(moments[f"{name}_squares"] / count - mean[name] ** 2, 0.0) for name in columns}
+    explained = 1 - variance["error"] / variance["returns"] if variance["returns"] > 0 else 0.0
+    return {
+        "value/explained_variance": explained,
+        "value/returns_mean": mean["returns"],
+        "value/returns_std": variance["returns"] ** 0.5,
+        "policy/advantages_mean": mean["advantages"],
+        "policy/advantages_std": variance["advantages"] ** 0.5,
+    }
+
+
+def _summed(values: dict[str, torch.Tensor | float]) -> dict[str, float]:
+    device = next((value.device for value in values.values() if isinstance(value, torch.Tensor)), torch.device("cpu"))
+    totals = sum_over_ranks(torch.tensor([float(value) for value in values.values()], device=device).double())
+    return dict(zip(values, totals.tolist(), strict=True))
+
+
+def _escape(text: str) -> str:
+    """Text of a log or a model as one harmless Markdown table cell."""
+    visible = text.replace("\n", "⏎").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join(f"\\{char}" if char in "\\`*_{}[]()#+-.!|~" else char for char in visible) or "∅"
+

@@ -1,0 +1,103 @@
+"""The four models of step 3 under DeepSpeed: actor, reference, critic, reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+from common.engine import distributed
+from common.engine.deepspeed_config import inference_config, training_config
+from common.engine.hybrid import HybridEngine
+from common.models.loading import apply_lora, check_lengths, check_vocabulary, load_causal_lm
+from common.models.token_reward import TokenRewardModel, load_token_reward_scorer
+from common.models.value_model import load_value_model
+from step3_tppo.config import Step3Config
+
+
+class Models(NamedTuple):
+    """Engines that can step into inference. `reference` is None with LoRA: the actor without adapters is it."""
+
+    actor: HybridEngine
+    reference: HybridEngine | None
+    critic: HybridEngine
+    reward: HybridEngine
+    scorer: TokenRewardModel
+
+
+def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Models:
+    """Load the four models and hand them to DeepSpeed. Raises `InputError` where they do not fit together."""
+    world_size = distributed.world_size()
+    training = training_config(
+        config,
+        micro_batch_size=config.micro_batch_size,
+        accumulation_steps=config.accumulation_steps(world_size),
+        world_size=world_size,
+        max_grad_norm=config.max_grad_norm,
+    )
+    frozen = inference_config(config, world_size=world_size)
+
+    actor = _load(training, lambda: load_causal_lm(config.actor_path, config))
+    check_lengths(actor.config, config.max_prompt_tokens + config.max_response_tokens)
+    check_vocabulary(actor, tokenizer)
+    if config.lora_r > 0:
+        actor = apply_lora(actor, config)
+    critic = _load(training, lambda: load_value_model(config.critic_path or config.actor_path, config))
+    if config.gradient_checkpointing:
+        actor.gradient_checkpointing_enable()
+        critic.gradient_checkpointing_enable()
+    reference = None
+    if config.lora_r == 0:
+        reference = _frozen(_load(frozen, lambda: load_causal_lm(config.actor_path, config)), frozen, config)
+    scorer = _load(frozen, lambda: load_token_reward_scorer(config.reward_path, config))
+    return Models(
+        actor=_trained(actor, config.actor_learning_rate, training, config),
+        reference=reference,
+        critic=_trained(critic, config.critic_learning_rate, training, config),
+        reward=_frozen(scorer.module, frozen, config),
+        scorer=scorer,
+    )
+
+
+def _load(config: dict[str, Any], load: Callable[[], Any]) -> Any:
+    with _sharded_loading(config):
+        return load()
+
+
+@contextmanager
+def _sharded_loading(config: dict[str, Any]) -> Iterator[None]:
+    """Let `from_pretrained` shard each weight as it loads it when `config` asks for ZeRO-3.
+
+    transformers reads a global that it holds weakly; it is set while a model loads and never longer, because
+    `generate` would take it as a reason to run every rank to the longest response.
+    """
+    if config.get("zero_optimization", {}).get("stage") != 3:
+        yield
+        return
+    setting = HfDeepSpeedConfig(config)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del setting
+
+
+def _trained(module: nn.Module, learning_rate: float, ds_config: dict[str, Any], config: Step3Config) -> HybridEngine:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=learning_rate, betas=(0.9, 0.95), eps=config.adam_epsilon, weight_decay=config.weight_decay
+    )
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+    return HybridEngine(engine, config.hybrid_weights)
+
+
+def _frozen(module: nn.Module, ds_config: dict[str, Any], config: Step3Config) -> HybridEngine:
+    module.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=module, config=ds_config)
+    return HybridEngine(engine, config.hybrid_weights)

@@ -1,0 +1,172 @@
+"""The reward of every token of a response, from word scores; method, section 3.
+
+One response at a time, on plain lists: a response has tens of tokens, and clarity is worth more than vectors here.
+The three reward levels hold the same total per response and differ in its place alone: at each token (TPPO), at each
+query's last token, or at the response's last token (the paper's sentence-level PPO).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from common.alignment import NO_LINE, DecodedTokens, spread_word_scores, token_lines
+from common.text import normalise, split_queries, split_words
+
+RewardLevel = Literal["token", "query", "response"]
+MAX_WORD_SCORE = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class RewardOptions:
+    """How word scores become token rewards. Defaults are the method's; `raw` is neither centred nor normalised.
+
+    `num_queries` is k, the number of queries asked for. `suggested_length` (tokens) and `length_alpha` make the
+    length-weighted penalty; alpha 1 switches it off. `list_cost` is the price of a missing line or a missing EOS.
+    """
+
+    num_queries: int
+    suggested_length: int
+    level: RewardLevel = "token"
+    spread: Literal["copy", "split"] = "split"
+    centre: bool = True
+    normalise: bool = True
+    length_alpha: float = 0.9
+    list_cost: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRewards:
+    """Reward per token (T,) in its parts, which add up: the reward model's, the length penalty's, the list guards'."""
+
+    model: list[float]
+    length_penalty: list[float]
+    guard: list[float]
+    query_of_token: list[int]
+
+    @property
+    def total(self) -> list[float]:
+        """Sum of the three parts, (T,)."""
+        parts = zip(self.model, self.length_penalty, self.guard, strict=True)
+        return [model + penalty + guard for model, penalty, guard in parts]
+
+
+def token_rewards(
+    decoded: DecodedTokens, word_scores: Sequence[float], finished: bool, options: RewardOptions
+) -> TokenRewards:
+    """Rewards of one response's tokens.
+
+    `decoded` holds the response's text and each token's span (EOS included, with an empty span), `word_scores` the
+    reward model's score in 0..2 of each word of `split_words(decoded.text)`. With share s_t of a word in token t
+    (`split`: the part of its characters; `copy`: 1), the word's score e, the place i of the token in its query and
+    n the words (`copy`: word tokens) of the query: `r_t = s_t (e alpha^max(0, i - sl) - 1) / n`; the `- 1` and the
+    `/ n` are scale control. A query that repeats an earlier one or stands past the k-th is worth the worst score in
+    every word, a line without a word the worst score as a whole; a missing line or EOS costs `list_cost` at the
+    last token.
+    """
+    text, spans = decoded
+    words = split_words(text)
+    lines = token_lines(text, words, spans)
+    shares = spread_word_scores(words, [1.0] * len(words), spans, options.spread)
+    values = spread_word_scores(words, word_scores, spans, options.spread)
+    bad = _bad_queries(text, options.num_queries)
+    centre = MAX_WORD_SCORE / 2 if options.centre else 0.0
+    scale = _scales(shares, lines, options.normalise)
+    model, penalty, guard = ([0.0] * len(spans) for _ in range(3))
+    for t, (place, discount) in enumerate(_length_discounts(lines, options)):
+        if place == 0:
+            continue
+        scored = (values[t] - centre * shares[t]) / scale[t]
+        discounted = (values[t] * discount - centre * shares[t]) / scale[t]
+        worst = -centre * shares[t] / scale[t]
+        model[t] = scored
+        if lines[t] in bad:
+            guard[t] = worst - scored
+        else:
+            penalty[t] = discounted - scored
+    _charge_list_errors(guard, decoded, finished, centre, options)
+    parts = TokenRewards(model, penalty, guard, lines)
+    return _moved(parts, options.level)
+
+
+def _bad_queries(text: str, num_queries: int) -> set[int]:
+    """Lines that repeat an earlier line or stand past the k-th."""
+    seen: set[str] = set()
+    bad: set[int] = set()
+    for index, query in enumerate(split_queries(text)):
+        key = normalise(query)
+        if index >= num_queries or (key and key in seen):
+            bad.add(index)
+        seen.add(key)
+    return bad
+
+
+def _length_discounts(lines: Sequence[int], options: RewardOptions) -> list[tuple[int, float]]:
+    """For each token its 1-based place inside its query (0: in none) and `alpha^max(0, place - sl)`."""
+    places: dict[int, int] = {}
+    discounts: list[tuple[int, float]] = []
+    for line in lines:
+        if line == NO_LINE:
+            discounts.append((0, 1.0))
+            continue
+        places[line] = places.get(line, 0) + 1
+        beyond = max(0, places[line] - options.suggested_length)
+        discounts.append((places[line], options.length_alpha**beyond))
+    return discounts
+
+
+def _scales(shares: Sequence[float], lines: Sequence[int], per_query: bool) -> list[float]:
+    """What each token's reward is divided by: its query's words (the sum of its shares), or 1."""
+    sums: dict[int, float] = {}
+    for share, line in zip(shares, lines, strict=True):
+        sums[line] = sums.get(line, 0.0) + share
+    return [sums[line] if per_query and sums[line] > 0 else 1.0 for line in lines]
+
+
+def _charge_list_errors(
+    guard: list[float], decoded: DecodedTokens, finished: bool, worst: float, options: RewardOptions
+) -> None:
+    """Charge lines without a word where they end, missing lines and a missing EOS at the last token (in place)."""
+    if not guard:
+        return
+    queries = split_queries(decoded.text)
+    offset = 0
+    for query, line in zip(queries, decoded.text.split("\n"), strict=False):
+        offset += len(line)
+        if not normalise(query):
+            guard[_token_at(decoded, offset)] -= worst
+        offset += 1
+    missing = max(0, options.num_queries - len(queries))
+    guard[-1] -= options.list_cost * (missing + (not finished))
+
+
+def _token_at(decoded: DecodedTokens, position: int) -> int:
+    """Index of the token that holds the character at `position`; the last one past the end."""
+    for index, (start, end) in enumerate(decoded.spans):
+        if start <= position < end:
+            return index
+    return len(decoded.spans) - 1
+
+
+def _moved(rewards: TokenRewards, level: RewardLevel) -> TokenRewards:
+    """The same parts, summed at each query's or at the response's last token."""
+    if level == "token" or not rewards.model:
+        return rewards
+    last = len(rewards.model) - 1
+    end_of_query = {line: t for t, line in enumerate(rewards.query_of_token)}
+    place = [
+        last if level == "response" else t if line == NO_LINE else end_of_query[line]
+        for t, line in enumerate(rewards.query_of_token)
+    ]
+    return TokenRewards(
+        *(_summed(part, place) for part in (rewards.model, rewards.length_penalty, rewards.guard)),
+        rewards.query_of_token,
+    )
+
+
+def _summed(part: Sequence[float], place: Sequence[int]) -> list[float]:
+    moved = [0.0] * len(part)
+    for value, target in zip(part, place, strict=True):
+        moved[target] += value
+    return moved

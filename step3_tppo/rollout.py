@@ -1,0 +1,169 @@
+"""One rollout: sample responses, score them with four models, and place what was found on the response tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from common.alignment import DecodedTokens, TokenDecoder
+from common.data.prompts import PromptBuilder
+from common.data.records import Example
+from common.models.generate import Generated, generate_responses
+from common.models.sequences import SequenceBatch, TokenScores, pad_sequences, response_scores
+from step3_tppo.config import Step3Config
+from step3_tppo.losses import k1_kl
+from step3_tppo.models import Models
+from step3_tppo.rewards import RewardOptions, TokenRewards, token_rewards
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What one rank sampled in a step and what the models say of it; tensors are (B, T) over response tokens.
+
+    `rewards` is the sum of the parts `model`, `length_penalty` and `guard` of `parts`, without KL.
+    """
+
+    examples: list[Example]
+    generated: list[Generated]
+    decoded: list[DecodedTokens]
+    parts: list[TokenRewards]
+    batch: SequenceBatch
+    old_logprobs: torch.Tensor
+    entropy: torch.Tensor
+    kl: torch.Tensor
+    values: torch.Tensor
+    rewards: torch.Tensor
+    seconds: dict[str, float]
+
+
+class RolloutMaker:
+    """Samples with the actor and scores with all four models; the same number of forward calls on every rank."""
+
+    def __init__(
+        self, models: Models, prompts: PromptBuilder, rewards: RewardOptions, config: Step3Config, device: torch.device
+    ) -> None:
+        self._models = models
+        self._prompts = prompts
+        self._tokenizer = prompts.tokenizer
+        self._decoder = TokenDecoder(prompts.tokenizer)
+        self._rewards = rewards
+        self._config = config
+        self._device = device
+
+    def __call__(self, examples: Sequence[Example], seed: int) -> Rollout:
+        """Sample `samples_per_prompt` responses for each of this rank's `examples`; `seed` differs between ranks."""
+        clock = _Clock()
+        examples = [example for example in examples for _ in range(self._config.samples_per_prompt)]
+        prompts = [self._prompts.ids(example.history) for example in examples]
+        with self._models.actor.inference() as actor:
+            clock.lap("switch")
+            generated = generate_responses(
+                actor,
+                self._tokenizer,
+                prompts,
+                max_new_tokens=self._config.max_response_tokens,
+                temperature=self._config.temperature,
+                seed=seed,
+                batch_size=len(prompts),
+                synced=self._models.actor.needs_synced_generation,
+            )
+            clock.lap("generate")
+            responses = [response.ids for response in generated]
+            batch = pad_sequences(prompts, responses, self._tokenizer.pad_token_id, self._device)
+            old = self._scores(actor, batch)
+            reference = None
+            if self._models.reference is None:
+                with actor.disable_adapter():
+                    reference = self._scores(actor, batch)
+            clock.lap("actor_scoring")
+        clock.lap("switch")
+        if reference is None:
+            with self._models.reference.inference() as module:
+                reference = self._scores(module, batch)
+        with self._models.critic.inference() as module:
+            values = self._in_chunks(batch, module)
+        clock.lap("reference_critic_scoring")
+        decoded = [self._decoder(ids) for ids in responses]
+        parts = self._token_rewards(examples, generated, decoded)
+        clock.lap("reward_scoring")
+        return Rollout(
+            examples=list(examples),
+            generated=generated,
+            decoded=decoded,
+            parts=parts,
+            batch=batch,
+            old_logprobs=old.logprobs,
+            entropy=old.entropy,
+            kl=k1_kl(old.logprobs, reference.logprobs, batch.response_mask),
+            values=values,
+            rewards=_padded([part.total for part in parts], batch.response_mask),
+            seconds=clock.seconds,
+        )
+
+    def _scores(self, module: torch.nn.Module, batch: SequenceBatch) -> TokenScores:
+        temperature = self._config.temperature
+        chunks = [response_scores(module, module, part, temperature) for part in self._chunks(batch)]
+        return TokenScores(*(torch.cat(tensors) for tensors in zip(*chunks, strict=True)))
+
+    def _in_chunks(self, batch: SequenceBatch, forward: Callable[[SequenceBatch], torch.Tensor]) -> torch.Tensor:
+        return torch.cat([forward(part) for part in self._chunks(batch)])
+
+    def _chunks(self, batch: SequenceBatch) -> list[SequenceBatch]:
+        """Row blocks of the scoring batch size, not trimmed: all keep the width of the whole."""
+        size = self._config.scoring_batch_size
+        rows = len(batch.input_ids)
+        return [SequenceBatch(*(tensor[start : start + size] for tensor in batch)) for start in range(0, rows, size)]
+
+    def _token_rewards(
+        self, examples: Sequence[Example], generated: Sequence[Generated], decoded: Sequence[DecodedTokens]
+    ) -> list[TokenRewards]:
+        size = self._config.scoring_batch_size
+        scores: list[list[float]] = []
+        with self._models.reward.inference():
+            for start in range(0, len(examples), size):
+                chunk = slice(start, start + size)
+                scores += self._models.scorer.score_words(
+                    [example.history for example in examples[chunk]], [response.text for response in generated[chunk]]
+                )
+        rows = zip(decoded, scores, generated, strict=True)
+        return [token_rewards(text, words, response.finished, self._rewards) for text, words, response in rows]
+
+
+def reward_options(config: Step3Config, suggested_length: int) -> RewardOptions:
+    """The reward's settings from step 3's flags."""
+    return RewardOptions(
+        num_queries=config.num_queries,
+        suggested_length=suggested_length,
+        level=config.reward_level,
+        spread=config.reward_spread,
+        centre=config.centre_rewards,
+        normalise=config.normalise_rewards,
+        length_alpha=config.length_alpha,
+        list_cost=config.list_cost,
+    )
+
+
+def part_tensor(rollout: Rollout, name: str) -> torch.Tensor:
+    """One part of the rewards (`model`, `length_penalty` or `guard`) as (B, T)."""
+    return _padded([getattr(part, name) for part in rollout.parts], rollout.batch.response_mask)
+
+
+def _padded(rows: Sequence[Sequence[float]], mask: torch.Tensor) -> torch.Tensor:
+    width = mask.shape[1]
+    return torch.tensor([list(row) + [0.0] * (width - len(row)) for row in rows], device=mask.device)
+
+
+class _Clock:
+    """Seconds of each phase, added up under its name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now

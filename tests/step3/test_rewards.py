@@ -1,0 +1,111 @@
+"""The reward of every token against tables made by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.alignment import DecodedTokens
+from common.text import split_words
+from step3_tppo.rewards import RewardOptions, token_rewards
+
+PLAIN = RewardOptions(num_queries=2, suggested_length=99)
+
+
+def tokens(*pieces: str) -> DecodedTokens:
+    """Pieces of text as tokens; an empty piece is EOS."""
+    spans, position = [], 0
+    for piece in pieces:
+        spans.append((float(position), float(position + len(piece))))
+        position += len(piece)
+    return DecodedTokens("".join(pieces), spans)
+
+
+RED_SHOES = tokens("red", " sho", "es", "\n", "blue", " hat", "")
+SCORES = [2.0, 1.0, 0.0, 2.0]
+
+
+def test_split_centred_and_normalised() -> None:
+    rewards = token_rewards(RED_SHOES, SCORES, True, PLAIN)
+    # Query 1, two words: red +1/2; shoes (score 1, centred 0) over "sho" 3/5 and "es" 2/5. Query 2: -1/2, +1/2.
+    assert rewards.model == pytest.approx([0.5, 0, 0, 0, -0.5, 0.5, 0])
+    assert rewards.guard == [0.0] * 7
+    assert rewards.query_of_token == [0, 0, 0, -1, 1, 1, -1]
+
+
+def test_split_raw_divides_a_word_by_its_characters() -> None:
+    raw = replace(PLAIN, centre=False, normalise=False)
+    assert token_rewards(RED_SHOES, SCORES, True, raw).model == pytest.approx([2, 0.6, 0.4, 0, 0, 2, 0])
+
+
+def test_copy_gives_each_token_the_word_and_normalises_by_word_tokens() -> None:
+    copy = replace(PLAIN, spread="copy", centre=False)
+    assert token_rewards(RED_SHOES, SCORES, True, copy).model == pytest.approx([2 / 3, 1 / 3, 1 / 3, 0, 0, 1, 0])
+
+
+def test_length_penalty_discounts_tokens_past_the_suggested_length() -> None:
+    options = replace(PLAIN, suggested_length=1, length_alpha=0.5, normalise=False)
+    rewards = token_rewards(RED_SHOES, [2.0, 2.0, 2.0, 2.0], True, options)
+    # Raw score times 0.5^(place - 1), then centred: sho 0.6 * (2 * 0.5 - 1), es 0.4 * (2 * 0.25 - 1), hat 2 * 0.5 - 1.
+    assert rewards.total == pytest.approx([1, 0, 0.4 * (0.5 - 1), 0, 1, 0, 0])
+    assert rewards.model == pytest.approx([1, 0.6, 0.4, 0, 1, 1, 0])
+
+
+def test_a_repeated_query_and_one_past_the_last_get_the_worst() -> None:
+    decoded = tokens("a1", "\n", "A1!", "\n", "b2", "")
+    rewards = token_rewards(decoded, [2.0, 2.0, 2.0], True, PLAIN)
+    assert rewards.total == pytest.approx([1, 0, -1, 0, -1, 0])
+    assert rewards.guard == pytest.approx([0, 0, -2, 0, -2, 0])
+
+
+def test_empty_line_missing_line_and_missing_end_are_charged() -> None:
+    three = replace(PLAIN, num_queries=3)
+    empty = token_rewards(tokens("a1", "\n", "\n", "b2", ""), [1.0, 1.0], True, three)
+    assert empty.guard == pytest.approx([0, 0, -1, 0, 0])
+    missing = token_rewards(tokens("a1", ""), [1.0], True, three)
+    assert missing.guard == pytest.approx([0, -2])
+    unfinished = token_rewards(tokens("a1"), [1.0], False, three)
+    assert unfinished.guard == pytest.approx([-3])
+
+
+def test_query_level_stands_at_each_querys_last_token_and_response_level_at_the_end() -> None:
+    raw = replace(PLAIN, centre=False, normalise=False)
+    assert token_rewards(RED_SHOES, SCORES, True, replace(raw, level="query")).model == pytest.approx(
+        [0, 0, 3, 0, 0, 2, 0]
+    )
+    assert token_rewards(RED_SHOES, SCORES, True, replace(raw, level="response")).model == pytest.approx(
+        [0, 0, 0, 0, 0, 0, 5]
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    pieces=st.lists(st.sampled_from(["red", " shoe", "s", "\n", " ", "!", "日本", "é"]), min_size=1, max_size=14),
+    finished=st.booleans(),
+    spread=st.sampled_from(["split", "copy"]),
+    centre=st.booleans(),
+    data=st.data(),
+)
+def test_the_levels_differ_in_place_alone(
+    pieces: list[str], finished: bool, spread: str, centre: bool, data: st.DataObject
+) -> None:
+    decoded = tokens(*pieces, "") if finished else tokens(*pieces)
+    words = split_words(decoded.text)
+    scores = [data.draw(st.floats(0, 2)) for _ in words]
+    options = RewardOptions(num_queries=2, suggested_length=2, spread=spread, centre=centre)
+    totals = [
+        sum(token_rewards(decoded, scores, finished, replace(options, level=level)).total)
+        for level in ("token", "query", "response")
+    ]
+    assert totals == pytest.approx([totals[0]] * 3, abs=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(cut=st.integers(1, 4), score=st.floats(0, 2))
+def test_split_pays_a_word_the_same_however_it_is_tokenised(cut: int, score: float) -> None:
+    whole = token_rewards(tokens("shoes", ""), [score], True, replace(PLAIN, num_queries=1))
+    parts = token_rewards(tokens("shoes"[:cut], "shoes"[cut:], ""), [score], True, replace(PLAIN, num_queries=1))
+    assert sum(whole.total) == pytest.approx(sum(parts.total), abs=1e-12)
