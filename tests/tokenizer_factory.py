@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -24,7 +24,7 @@ CORPUS = [
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def byte_level(add_prefix_space: bool = False) -> PreTrainedTokenizerFast:
     """GPT-2 style: a token may hold a part of a UTF-8 character."""
     backend = Tokenizer(models.BPE())
@@ -37,7 +37,7 @@ def byte_level(add_prefix_space: bool = False) -> PreTrainedTokenizerFast:
     return _wrap(backend)
 
 
-@lru_cache(maxsize=None)
+@cache
 def sentencepiece_bpe() -> PreTrainedTokenizerFast:
     """Llama style: pieces with a leading-space mark, bytes for what no piece spells."""
     trained = Tokenizer(models.BPE())
@@ -65,7 +65,7 @@ def sentencepiece_bpe() -> PreTrainedTokenizerFast:
     return _wrap(backend)
 
 
-@lru_cache(maxsize=None)
+@cache
 def unigram() -> PreTrainedTokenizerFast:
     """XLM-R style: Unigram pieces behind a Metaspace."""
     backend = Tokenizer(models.Unigram())
@@ -81,7 +81,7 @@ def unigram() -> PreTrainedTokenizerFast:
     return _wrap(backend)
 
 
-@lru_cache(maxsize=None)
+@cache
 def word_piece() -> PreTrainedTokenizerFast:
     """BERT style: lower-cased, accents stripped, `##` inside a word."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -138,6 +138,6 @@ def _checkpoints(folder: str | Path) -> list[str]:
 
 def _diverged(what: str, step: int) -> str:
     return (
-        f"{what} at step {step}. The last good checkpoint is kept; lower --learning_rate or raise --warmup_ratio, "
-        "or look at the data of this step"
+        f"{what} at step {step}. No checkpoint was written since it, those from before are kept (--resume); "
+        "lower --learning_rate, raise --warmup_ratio, or look at the data of this step"
     )

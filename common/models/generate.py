@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,12 +33,14 @@ def generate_responses(
     seed: int,
     batch_size: int,
     progress: str = "",
+    synced: bool = False,
 ) -> list[Generated]:
     """One response a prompt (token ids, not padded), in the order of `prompts`.
 
     The model's own distribution is sampled at `temperature` (no top-p, no top-k); 0 is greedy decoding. Prompts of
     similar length share a batch, padded on the left. The same prompts, seed and batch size give the same responses,
     and the caller's random state is left as it was. `progress` labels a progress bar; without it there is none.
+    `synced` makes every rank go on until the last has finished, which sharded weights need.
     Raises `InputError` for an empty prompt or settings out of range.
     """
     if temperature < 0 or max_new_tokens < 1 or batch_size < 1:
@@ -53,26 +57,39 @@ def generate_responses(
         pad_token_id=tokenizer.pad_token_id,
         **({"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature > 0 else {}),
     )
+    # LoRA lives inside the base model's layers; the wrapper's own `generate` would overwrite the settings for good.
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     decoder = TokenDecoder(tokenizer)
     responses: list[Generated | None] = [None] * len(prompts)
-    was_training = model.training
+    cuda = [inner.device] if inner.device.type == "cuda" else []
+    with _generating(inner, config), torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        for rows in tqdm(list(_batches(prompts, batch_size)), desc=progress, disable=not progress):
+            input_ids, attention_mask = left_pad([prompts[row] for row in rows], tokenizer.pad_token_id)
+            output = inner.generate(
+                input_ids=input_ids.to(inner.device),
+                attention_mask=attention_mask.to(inner.device),
+                generation_config=config,
+                synced_gpus=synced,
+            )
+            for row, ids in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
+                responses[row] = _response(ids, tokenizer.eos_token_id, decoder)
+    return responses
+
+
+@contextmanager
+def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Eval mode, and `config` alone: transformers fills what a call leaves open from the model's own settings, so
+    that a repetition penalty in the model's folder would change the distribution that log-probs are taken of.
+    """
+    was_training, own_config = model.training, model.generation_config
     model.eval()
-    cuda = [model.device] if model.device.type == "cuda" else []
+    model.generation_config = config
     try:
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(seed)
-            for rows in tqdm(list(_batches(prompts, batch_size)), desc=progress, disable=not progress):
-                input_ids, attention_mask = left_pad([prompts[row] for row in rows], tokenizer.pad_token_id)
-                output = model.generate(
-                    input_ids=input_ids.to(model.device),
-                    attention_mask=attention_mask.to(model.device),
-                    generation_config=config,
-                )
-                for row, ids in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
-                    responses[row] = _response(ids, tokenizer.eos_token_id, decoder)
+        yield
     finally:
         model.train(was_training)
-    return responses
+        model.generation_config = own_config
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -171,6 +171,9 @@ def save_model_folder(
         state_dict = state_dict or model.state_dict()
         model.save_pretrained(str(temporary / ADAPTER_FOLDER), state_dict=dict(state_dict))
         model, state_dict = _merged(model, state_dict), None
+    if state_dict is not None:
+        # Gathered copies no longer look tied, and would be written twice.
+        state_dict = {name: value for name, value in state_dict.items() if name not in model.all_tied_weights_keys}
     model.save_pretrained(temporary, state_dict=state_dict)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = copy.deepcopy(model.config)

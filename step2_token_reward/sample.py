@@ -1,0 +1,196 @@
+"""Sample responses from the SFT model: what the annotator will label and the reward model will learn from.
+
+    deepspeed --num_gpus 8 step2_token_reward/sample.py --model_name_or_path outputs/my_run/step1_sft/model \\
+        --data_dir outputs/my_run/data --output_dir outputs/my_run/step2_token_reward
+
+The examples are cut into parts; ranks take turns, and each part is written as soon as it is done. A run that was killed
+goes on with the parts that are missing (--resume), and the responses do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from common.config import ModelOptions, option, parse_config
+from common.data.examples import load_examples
+from common.data.prompts import PromptBuilder
+from common.data.records import Example
+from common.engine import distributed
+from common.errors import InputError, run_command
+from common.files import RUN_CONFIG_NAME, claim_output_dir, read_jsonl, write_jsonl
+from common.models.generate import Generated, generate_responses
+from common.models.loading import check_lengths, check_vocabulary, load_causal_lm, load_tokenizer
+from common.tracking import progress
+from step2_token_reward.corruptions import corrupt
+
+SPLITS = ("train", "dev")
+BATCHES_PER_PART = 4
+
+
+@dataclass
+class SampleConfig(ModelOptions):
+    """Step 2, first part: responses of the SFT model to the train and dev examples, gold targets among them."""
+
+    model_name_or_path: str = option("", "The SFT model: step 1's folder model/. Every rank holds it whole.")
+    pad_token: str = option("", "Pad token where the tokenizer has none: 'eos', or a token of its vocabulary.")
+    data_dir: str = option("", "Folder with train.jsonl and dev.jsonl.")
+    output_dir: str = option("", "Folder that gets samples.jsonl.")
+    resume: bool = option(False, "Go on with the parts that a killed run left out.")
+    overwrite: bool = option(False, "Replace the samples that output_dir holds.")
+    seed: int = option(0, "Seed of the choice of examples, the responses and the corruptions.")
+    prompt_template: str = option("plain", "The template of step 1.")
+    num_queries: int = option(3, "Queries a response, as in step 1.")
+    max_prompt_tokens: int = option(512, "Token budget of a prompt, as in step 1.")
+    max_response_tokens: int = option(64, "A response is cut off here; it then counts as not finished.")
+    samples_per_prompt: int = option(1, "Sampled responses an example.")
+    temperature: float = option(1.0, "1 samples the model itself, which is what step 3 will see.")
+    gold: bool = option(True, "Also write the true next queries, as a response of origin 'gold'.")
+    corrupt_share: float = option(
+        0.0, "Share of examples with one more response, a sampled one made worse: words repeated, swapped, or a line."
+    )
+    max_train_examples: int = option(0, "Take this many train examples, drawn at random; 0 takes all.")
+    max_dev_examples: int = option(0, "Take this many dev examples, drawn at random; 0 takes all.")
+    batch_size: int = option(32, "Prompts a rank and a batch.")
+
+
+def main() -> None:
+    """Write `<output_dir>/samples.jsonl`."""
+    config = parse_config(SampleConfig)
+    check_config(config)
+    device = distributed.start()
+    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, config.pad_token)
+    builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
+    parts = cut_into_parts(choose_examples(config), config.batch_size * BATCHES_PER_PART)
+    model = load_causal_lm(config.model_name_or_path, config).to(device)
+    check_vocabulary(model, tokenizer)
+    check_lengths(model.config, config.max_prompt_tokens + config.max_response_tokens)
+
+    output = Path(config.output_dir) / "samples.jsonl"
+    work = Path(config.output_dir) / "samples"
+    distributed.on_main_first(lambda: claim(output, work, config))
+    if output.exists():
+        distributed.on_main_first(lambda: print(f"{output} is complete already"))
+        return
+    mine = range(distributed.rank(), len(parts), distributed.world_size())
+    for number in progress(mine, desc="sampling"):
+        path = part_path(work, number)
+        if not path.exists():
+            write_jsonl(path, sample_part(parts[number], number, model, builder, config))
+    distributed.barrier()
+    distributed.on_main_first(lambda: merge(work, len(parts), output))
+
+
+def check_config(config: SampleConfig) -> None:
+    """Raise `InputError` for settings that cannot work, before anything is loaded."""
+    for name in ("model_name_or_path", "data_dir", "output_dir"):
+        if not getattr(config, name):
+            raise InputError(f"--{name} is missing")
+    for name in ("num_queries", "max_prompt_tokens", "max_response_tokens", "batch_size", "samples_per_prompt"):
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name} must be 1 or more, not {getattr(config, name)}")
+    if config.temperature <= 0:
+        raise InputError(f"--temperature must be above 0, not {config.temperature}: samples are to differ")
+    if not 0 <= config.corrupt_share <= 1:
+        raise InputError(f"--corrupt_share is a share of the examples, 0 to 1, not {config.corrupt_share}")
+
+
+def choose_examples(config: SampleConfig) -> list[Example]:
+    """The train and dev examples to sample for, in the order of their files."""
+    chosen: list[Example] = []
+    for split, limit in zip(SPLITS, (config.max_train_examples, config.max_dev_examples), strict=True):
+        examples = load_examples(config.data_dir, split)
+        if 0 < limit < len(examples):
+            places = random.Random(f"{config.seed} {split}").sample(range(len(examples)), limit)
+            examples = [examples[place] for place in sorted(places)]
+        chosen += examples
+    return chosen
+
+
+def cut_into_parts(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
+    """Consecutive parts of `size` examples; the last may be shorter."""
+    return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+
+def claim(output: Path, work: Path, config: SampleConfig) -> None:
+    """Make `work` this run's folder for parts, and `output` its result (rank 0 only)."""
+    if output.exists() and not config.overwrite and not (config.resume and (work / RUN_CONFIG_NAME).is_file()):
+        raise InputError(f"{output} is there already; add --overwrite to replace it, or choose another --output_dir")
+    claim_output_dir(
+        work, asdict(config), resume=config.resume, overwrite=config.overwrite,
+        may_differ=frozenset({"resume", "overwrite"}),
+    )  # fmt: skip
+    if config.overwrite:
+        output.unlink(missing_ok=True)
+
+
+def part_path(work: Path, number: int) -> Path:
+    """Where the rows of a part go."""
+    return work / "parts" / f"{number:06d}.jsonl"
+
+
+def sample_part(
+    examples: Sequence[Example], number: int, model: PreTrainedModel, builder: PromptBuilder, config: SampleConfig
+) -> list[dict[str, Any]]:
+    """The rows of one part, example by example: gold, samples, corrupted."""
+    # Every part has its own seed, so that neither the number of ranks nor a restart changes what is drawn.
+    seed = config.seed * 1_000_003 + number
+    rng = random.Random(seed)
+    prompts = [builder.ids(example.history) for example in examples for _ in range(config.samples_per_prompt)]
+    responses = generate_responses(
+        model, builder.tokenizer, prompts, config.max_response_tokens, config.temperature, seed, config.batch_size
+    )
+    rows = []
+    for place, example in enumerate(examples):
+        own = responses[place * config.samples_per_prompt : (place + 1) * config.samples_per_prompt]
+        if config.gold:
+            rows.append(sample_row(example, "gold", "gold", builder.response_text(example.targets), True))
+        for count, response in enumerate(own):
+            rows.append(sample_row(example, str(count), "sample", response.text, response.finished))
+        if rng.random() < config.corrupt_share:
+            source = rng.choice(own)
+            worse = corrupt(source.text, foreign_response(example, examples, responses, rng), rng)
+            rows.append(sample_row(example, "corrupted", "corrupted", worse, source.finished))
+    return rows
+
+
+def foreign_response(
+    example: Example, examples: Sequence[Example], responses: Sequence[Generated], rng: random.Random
+) -> str:
+    """A response to another user's history in the same part; empty when there is no other user."""
+    each = len(responses) // len(examples)
+    others = [place for place, other in enumerate(examples) if other.user_id != example.user_id]
+    return responses[rng.choice(others) * each + rng.randrange(each)].text if others else ""
+
+
+def sample_row(example: Example, suffix: str, origin: str, response: str, finished: bool) -> dict[str, Any]:
+    """One line of samples.jsonl (docs/data_formats.md)."""
+    row = example.to_dict()
+    return {
+        "id": f"{example.id}#{suffix}",
+        "example_id": example.id,
+        **{key: row[key] for key in ("user_id", "group", "split")},
+        "origin": origin,
+        "history": row["history"],
+        "targets": row["targets"],
+        "response": response,
+        "finished": finished,
+    }
+
+
+def merge(work: Path, count: int, output: Path) -> None:
+    """Join the parts into `output`, which appears once it is whole, and say where it lies (rank 0 only)."""
+    rows = (row for number in range(count) for _, row in read_jsonl(part_path(work, number)))
+    written = write_jsonl(output, rows)
+    shutil.rmtree(work / "parts")
+    print(f"samples: {output} ({written} responses)\nnext: label them with step2_token_reward/label.py", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

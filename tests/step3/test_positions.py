@@ -1,0 +1,114 @@
+"""The alignment table: which position each response token's log-prob and value are read at."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common.config import ModelOptions
+from common.models.sequences import SequenceBatch, pad_sequences, response_scores
+from common.models.value_model import ValueModel, load_value_model
+from tests.tiny_models import tiny_llama
+
+PROMPTS = [[11, 12, 13], [14]]
+RESPONSES = [[3, 4], [5, 3, 2]]
+
+
+def batch(pad: int = 0) -> SequenceBatch:
+    return pad_sequences(PROMPTS, RESPONSES, pad, torch.device("cpu"))
+
+
+def test_padding_masks_and_positions_by_hand() -> None:
+    made = batch(pad=2)  # the pad id is a real token of the second response: masks must not depend on it
+    assert made.input_ids.tolist() == [[11, 12, 13, 3, 4, 2], [2, 2, 14, 5, 3, 2]]
+    assert made.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
+    assert made.position_ids.tolist() == [[0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 2, 3]]
+    assert made.response_mask.tolist() == [[True, True, False], [True, True, True]]
+    assert made.response_ids.tolist() == [[3, 4, 2], [5, 3, 2]]
+
+
+def test_trimmed_rows_keep_every_real_token() -> None:
+    row = batch().rows(torch.tensor([1]))
+    assert row.input_ids.tolist() == [[14, 5, 3, 2]]
+    assert row.position_ids.tolist() == [[0, 1, 2, 3]]
+    assert row.response_mask.tolist() == [[True, True, True]]
+    first = batch().rows(torch.tensor([0]))
+    assert first.input_ids.tolist() == [[11, 12, 13, 3, 4]]
+
+
+class TableModel(torch.nn.Module):
+    """Logits that are 0 but for `2 * position` on id 3 (and on id 5), so that what was read names its position."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        rows, width = input_ids.shape
+        logits = torch.zeros(rows, width, 16)
+        logits[:, :, 3] = logits[:, :, 5] = 2.0 * torch.arange(width)
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_log_prob_of_token_t_is_read_one_position_before_it(temperature: float) -> None:
+    model = TableModel()
+    found = response_scores(model, model, batch(), temperature).logprobs
+
+    def expected(position: int, wanted: bool) -> float:
+        peak = 2.0 * position / temperature
+        normaliser = torch.log(14 + 2 * torch.tensor(peak, dtype=torch.float64).exp())
+        return float((peak if wanted else 0.0) - normaliser)
+
+    # P = 3: token t stands at position 3 + t, its log-prob at 2 + t. Ids 3 and 5 have the raised logit.
+    table = [[expected(2, True), expected(3, False)], [expected(2, True), expected(3, True), expected(4, False)]]
+    assert found[0, :2].tolist() == pytest.approx(table[0], rel=1e-5)
+    assert found[1].tolist() == pytest.approx(table[1], rel=1e-5)
+
+
+class CountingTrunk(torch.nn.Module):
+    """Hidden states that are the position itself."""
+
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=1))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        rows, width = input_ids.shape
+        return SimpleNamespace(last_hidden_state=torch.arange(width).float().expand(rows, -1).unsqueeze(-1))
+
+
+def test_value_of_the_state_before_token_t_is_read_there() -> None:
+    critic = ValueModel(CountingTrunk())
+    torch.nn.init.ones_(critic.value_head.weight)
+    assert critic(batch()).tolist() == [[2.0, 3.0, 4.0]] * 2
+
+
+def test_padding_changes_neither_log_probs_nor_values() -> None:
+    model = tiny_llama().eval()
+    critic = ValueModel(tiny_llama(seed=1).model).eval()
+    together = response_scores(model, model, batch(), 0.7)
+    values = critic(batch())
+    for row, length in enumerate(map(len, RESPONSES)):
+        alone = pad_sequences(PROMPTS[row : row + 1], RESPONSES[row : row + 1], 0, torch.device("cpu"))
+        scores = response_scores(model, model, alone, 0.7)
+        # fp32 sums of 32 terms in another order: a few units in the last place of values of size 10.
+        assert torch.allclose(together.logprobs[row, :length], scores.logprobs[0], rtol=0, atol=2e-5)
+        assert torch.allclose(together.entropy[row, :length], scores.entropy[0], rtol=0, atol=2e-5)
+        assert torch.allclose(values[row, :length], critic(alone)[0], rtol=0, atol=2e-5)
+
+
+def test_entropy_and_log_probs_against_torch_distributions() -> None:
+    model = tiny_llama().eval()
+    made = batch()
+    logits = model(made.input_ids, attention_mask=made.attention_mask, position_ids=made.position_ids).logits
+    reference = torch.distributions.Categorical(logits=logits[:, 2:5] / 0.7)
+    found = response_scores(model, model, made, 0.7)
+    assert torch.allclose(found.logprobs, reference.log_prob(made.response_ids), rtol=0, atol=2e-5)
+    assert torch.allclose(found.entropy, reference.entropy(), rtol=0, atol=2e-5)
+
+
+def test_critic_starts_from_the_trunk_of_a_language_model(tmp_path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    critic = load_value_model(tmp_path, ModelOptions())
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert torch.equal(critic.trunk.layers[0].self_attn.q_proj.weight, weight)
+    assert float(critic(batch()).abs().max()) < 5  # N(0, 1/33) weights on normed hidden states of size 32
+    assert float(critic.value_head.bias) == 0
