@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from common.engine.distributed import max_over_ranks, sum_over_ranks, world_size
-from common.evaluation.metrics import is_format_error
+from common.evaluation.metrics import has_format_error
 from common.text import normalise, split_queries
 from step3_tppo.rollout import Rollout, part_tensor
 
@@ -31,7 +31,8 @@ def rollout_metrics(rollout: Rollout, returns: torch.Tensor, advantages: torch.T
         "queries": len(queries),
         "finished": sum(response.finished for response in rollout.generated),
         "format_errors": sum(
-            is_format_error(response.text, response.finished, k) for response in rollout.generated
+            has_format_error(lines, generated.finished, k)
+            for lines, generated in zip(responses, rollout.generated, strict=True)
         ),
         "repeats": sum(len(response) - len(set(map(normalise, response))) for response in responses),
         "words": sum(len(query.split()) for query in queries),

@@ -33,7 +33,7 @@ class CleaningOptions:
     min_chars: int = option(2, "Drop queries with fewer characters.")
     max_chars: int = option(100, "Drop queries with more characters.")
     max_words: int = option(20, "Drop queries with more words.")
-    pii_filter: bool = option(True, "Drop queries and titles with a mail address, phone number or five digits in a row.")
+    pii_filter: bool = option(True, "Drop queries and titles with a mail address, phone number or five digits.")
     k_anonymity: int = option(0, "Drop queries that fewer users than this have issued; reads every log twice.")
     merge_repeats: bool = option(True, "Make one search of a query that is repeated directly.")
     min_queries: int = option(0, "Drop users with fewer different queries; 0 means num_targets + 1, 1 keeps everybody.")
@@ -74,8 +74,9 @@ class RuleTally:
 class Cleaner:
     """Applies the rules of `options` to records.
 
-    `frequent` holds the normalised queries that k-anonymity allows (`common.data.privacy.frequent_queries`); it is needed
-    when that rule is on. Raises `InputError` for options that contradict each other and for a bad file of adult words.
+    `frequent` holds the normalised queries that k-anonymity allows (`common.data.privacy.frequent_queries`); it is
+    needed when that rule is on. Raises `InputError` for options that contradict each other and for a bad file of
+    adult words.
     """
 
     def __init__(

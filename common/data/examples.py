@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,8 +22,12 @@ from common.files import digest, read_jsonl
 
 # AOL strips most punctuation, so a typed address may stand there as "www example com" or "example com".
 _NAVIGATIONAL = re.compile(
-    r"https?://\S+ | www[. ]\S+(?:[. ]\S+){0,2} | \S+\ com"
-    r"| [\w-]+(?:\.[\w-]+)*\.(?:com|net|org|edu|gov|mil|int|info|biz|tv|co|io|[a-z]{2}\.[a-z]{2}|us|uk|ca|de|fr|au)(?:/\S*)?",
+    r"""
+      https?://\S+
+    | www [.\ ] \S+ (?:\ \S+)?
+    | \S+ \ com
+    | (?:[\w-]+\.)+ (?: com|net|org|edu|gov|mil|info|biz|tv|io|us|uk|ca|de|fr|au|eu ) (?: /\S* )?
+    """,
     re.IGNORECASE | re.VERBOSE,
 )
 
@@ -32,7 +37,7 @@ class ExampleOptions:
     """How examples are cut from a record, and how they are split."""
 
     num_targets: int = option(3, "Queries to predict: searches in a row (the paper: 3 on AOL, 10 on its own log).")
-    windows: int = option(1, "Examples a record: its newest N places for the targets; 1 = the last ones, 0 = every place.")
+    windows: int = option(1, "Examples a record: the newest N places for the targets; 1 is the last searches, 0 all.")
     navigational_targets: bool = option(False, "Let a query that is only a web address be a target.")
     max_history_events: int = option(200, "Newest events of a history that are kept; 0 keeps all.")
     dev_share: float = option(0.1, "Share of groups in dev, chosen by hash, where records name no split.")
@@ -195,12 +200,11 @@ def load_examples(data_dir: str | Path, split: str) -> list[Example]:
 def _parse_split_time(text: str) -> float | None:
     if not text:
         return None
+    time: str | float = text
+    with suppress(ValueError):
+        time = float(text)
     try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
-        return parse_time(text)
+        return parse_time(time)
     except ValueError as error:
         raise InputError(f"--split_time: {error}") from None
 

@@ -23,42 +23,32 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
-from string import Formatter
 from typing import NamedTuple
 
 from common.config import option, parse_config
 from common.data.records import Event, Record
+from common.data.simulated_queries import (
+    Intention,
+    Interest,
+    draw_word,
+    load_topics,
+    new_intention,
+    reformulate,
+    truth_words,
+)
 from common.errors import InputError, run_command
-from common.files import claim_output_dir, read_json, write_jsonl
+from common.files import claim_output_dir, write_jsonl
 from common.text import STOP_WORDS
 
-TOPICS_FILE = Path(__file__).with_name("simulator_topics.json")
 SESSIONS_NAME = "sessions.jsonl"
 TRUTH_NAME = "truth.jsonl"
+RUN_FLAGS = frozenset({"output_dir", "resume", "overwrite"})
 
-# Slots and stop words only: a template adds no word of its own that would need a score.
-TEMPLATES = (
-    "{attribute} {entity}",
-    "{entity} {noun}",
-    "{noun} for {entity}",
-    "{verb} {entity}",
-    "how to {verb} {entity}",
-    "{entity} or {other}",
-    "{attribute} {entity} {noun}",
-    "{noun} for {attribute} {entity}",
-    "{verb} {attribute} {entity}",
-    "how to {verb} {attribute} {entity}",
-    "{attribute} {entity} or {other}",
-    "{entity} and {other} {noun}",
-)
 SITES = ("Handbook", "Almanac", "Digest", "Gazette", "Compass", "Tribune")
 
 FOCUS_WORDS = 3  # entities, and as many attributes
-FOCUS_ATTRIBUTE_RATE = 0.7  # the other attributes are drawn from the whole topic
 PERSISTENCE = 0.4  # the next session is about the same interest again
-SWAP_RATE = 0.5  # of reformulations; the others add or drop a word
 CLICK_RATE = 0.4
 FOREIGN_QUERY_SHARE = 0.5  # of noise: the whole query belongs to a topic that the user has no interest in
 FOREIGN_WORD_SHARE = 0.35  # of noise: one word does; the rest of the noise is a word said twice
@@ -73,7 +63,10 @@ MAX_SEARCHES = 100  # a user's searches all differ, and an interest has some hun
 class SimulatorConfig:
     """Write the embedded search log and its latent truth."""
 
-    output_dir: str = option("", "Folder for sessions.jsonl and truth.jsonl; it must be new, or see overwrite.")
+    output_dir: str = option(
+        "", "Folder for sessions.jsonl and truth.jsonl; it must be new, or see resume and overwrite."
+    )
+    resume: bool = option(False, "Keep the log that output_dir holds if it is complete; else write it.")
     overwrite: bool = option(False, "Replace the log that output_dir holds.")
     num_users: int = option(3000, "Users in the log.")
     num_targets: int = option(3, "A user's last searches with the target noise: the queries to be predicted.")
@@ -86,53 +79,12 @@ class SimulatorConfig:
     seed: int = option(0, "Seed; the same seed writes the same bytes.")
 
 
-class Topic(NamedTuple):
-    """A field of interest and its words; entities and attributes belong to no other topic."""
-
-    name: str
-    entities: tuple[str, ...]
-    attributes: tuple[str, ...]
-    nouns: tuple[str, ...]
-    verbs: tuple[str, ...]
-
-
-class Interest(NamedTuple):
-    """A topic as one user has it: how often, and which of its entities and attributes."""
-
-    topic: Topic
-    weight: float
-    entities: tuple[str, ...]
-    attributes: tuple[str, ...]
-
-
-class Intention(NamedTuple):
-    """What a user means to search: a template and the words of its slots."""
-
-    interest: Interest
-    template: str
-    slots: dict[str, str]
-
-    @property
-    def text(self) -> str:
-        """The query, free of noise."""
-        return self.template.format(**self.slots)
-
-
 class SimulatedUser(NamedTuple):
     """A user's log record, the truth behind it, and the noise-free text of each search."""
 
     record: Record
     interests: tuple[Interest, ...]
     intentions: tuple[str, ...]
-
-
-@cache
-def load_topics() -> tuple[Topic, ...]:
-    """The topics of `simulator_topics.json`, in the file's order."""
-    return tuple(
-        Topic(name, *map(tuple, (row["entities"], row["attributes"], row["intents"]["nouns"], row["intents"]["verbs"])))
-        for name, row in read_json(TOPICS_FILE).items()
-    )
 
 
 def simulate(config: SimulatorConfig) -> Iterator[SimulatedUser]:
@@ -146,28 +98,19 @@ def simulate(config: SimulatorConfig) -> Iterator[SimulatedUser]:
         yield _simulate_user(random.Random(f"user {config.seed} {index}"), f"sim-{index:06d}", split, config)
 
 
-def truth_words(interests: Sequence[Interest]) -> dict[str, int]:
-    """Score of each word that a user with these interests finds relevant: focus 2, the rest of the topics 1."""
-    words = {word: 1 for interest in interests for group in interest.topic[1:] for word in group}
-    words |= {word: 2 for interest in interests for word in interest.entities + interest.attributes}
-    return dict(sorted(words.items()))
-
-
-def write_log(config: SimulatorConfig) -> Path:
-    """Write both files into `config.output_dir` and return the path of `sessions.jsonl`, which appears last."""
-    folder = Path(config.output_dir)
+def write_log(config: SimulatorConfig, folder: Path) -> None:
+    """Write the truth and then the log itself into `folder`: where `sessions.jsonl` is, both are complete."""
     users = list(simulate(config))
-    write_jsonl(folder / TRUTH_NAME, (_truth_row(user) for user in users))
+    truth = (
+        {
+            "user_id": user.record.user_id,
+            "interests": [interest.topic.name for interest in user.interests],
+            "words": truth_words(user.interests),
+        }
+        for user in users
+    )
+    write_jsonl(folder / TRUTH_NAME, truth)
     write_jsonl(folder / SESSIONS_NAME, (user.record.to_dict() for user in users))
-    return folder / SESSIONS_NAME
-
-
-def _truth_row(user: SimulatedUser) -> dict:
-    return {
-        "user_id": user.record.user_id,
-        "interests": [interest.topic.name for interest in user.interests],
-        "words": truth_words(user.interests),
-    }
 
 
 def _check(config: SimulatorConfig) -> None:
@@ -243,52 +186,13 @@ def _draw_sessions(rng: random.Random, interests: Sequence[Interest], num_search
             interest = rng.choices(interests, [interest.weight for interest in interests])[0]
         session: list[Intention] = []
         for _ in range(min(rng.randint(1, 3), num_searches - len(seen))):
-            intention = _reformulate(rng, session[-1]) if session else _new_intention(rng, interest)
+            intention = reformulate(rng, session[-1]) if session else new_intention(rng, interest)
             while intention.text in seen:
-                intention = _new_intention(rng, interest)
+                intention = new_intention(rng, interest)
             seen.add(intention.text)
             session.append(intention)
         sessions.append(session)
     return sessions
-
-
-def _new_intention(rng: random.Random, interest: Interest) -> Intention:
-    return _fill(rng, interest, rng.choice(TEMPLATES), {})
-
-
-def _reformulate(rng: random.Random, last: Intention) -> Intention:
-    """Swap one word for another of its kind, or go to a template with one slot more or less."""
-    if rng.random() < SWAP_RATE:
-        slot = rng.choice(list(last.slots))
-        word = _draw_word(rng, last.interest, slot, set(last.slots.values()))
-        return last._replace(slots=last.slots | {slot: word})
-    near = [template for template in TEMPLATES if len(_slots(template) ^ last.slots.keys()) == 1]
-    return _fill(rng, last.interest, rng.choice(near), last.slots)
-
-
-def _fill(rng: random.Random, interest: Interest, template: str, known: dict[str, str]) -> Intention:
-    slots: dict[str, str] = {}
-    for slot in sorted(_slots(template)):  # a set of texts has no order that the next process would repeat
-        slots[slot] = known.get(slot) or _draw_word(rng, interest, slot, set(slots.values()) | set(known.values()))
-    return Intention(interest, template, slots)
-
-
-@cache
-def _slots(template: str) -> frozenset[str]:
-    return frozenset(slot for _, slot, _, _ in Formatter().parse(template) if slot)
-
-
-def _draw_word(rng: random.Random, interest: Interest, slot: str, taken: set[str]) -> str:
-    topic = interest.topic
-    focused = slot == "attribute" and rng.random() < FOCUS_ATTRIBUTE_RATE
-    words = {
-        "entity": interest.entities,
-        "other": topic.entities,
-        "attribute": interest.attributes if focused else topic.attributes,
-        "noun": topic.nouns,
-        "verb": topic.verbs,
-    }[slot]
-    return rng.choice([word for word in words if word not in taken])
 
 
 def _log_query(
@@ -310,7 +214,7 @@ def _add_noise(rng: random.Random, intention: Intention, interests: Sequence[Int
     place = rng.choice([place for place, word in enumerate(words) if word not in STOP_WORDS])
     kind = rng.random()
     if kind < FOREIGN_QUERY_SHARE:
-        meant = _new_intention(rng, Interest(foreign, 1, foreign.entities, foreign.attributes))
+        meant = new_intention(rng, Interest(foreign, 1, foreign.entities, foreign.attributes))
         return meant.text, meant
     if kind < FOREIGN_QUERY_SHARE + FOREIGN_WORD_SHARE:
         words[place] = rng.choice(foreign.entities + foreign.attributes)
@@ -322,12 +226,11 @@ def _add_noise(rng: random.Random, intention: Intention, interests: Sequence[Int
 def _click(rng: random.Random, query: str, meant: Intention, ts: int) -> Event:
     """A result whose title has the searched entity; what the query left open is drawn as the user would."""
     words = [
-        meant.slots.get(slot) or _draw_word(rng, meant.interest, slot, set())
-        for slot in ("attribute", "entity", "noun")
+        meant.slots.get(slot) or draw_word(rng, meant.interest, slot, set()) for slot in ("attribute", "entity", "noun")
     ]
     site = rng.choice(SITES)
     title = f"{' '.join(words).capitalize()} - {site}"
-    url = f"https://www.{site.lower()}.example/{meant.interest.topic.name}/{'-'.join(words)}"
+    url = f"https://www.{site.lower()}.example/{'-'.join(words)}"
     return Event("click", query=query, title=title, url=url, ts=ts, rank=1 + min(int(rng.expovariate(0.5)), 9))
 
 
@@ -337,10 +240,13 @@ def main() -> None:
     if not config.output_dir:
         raise InputError("--output_dir is missing: the folder for the log, e.g. outputs/default/log")
     _check(config)
-    claim_output_dir(config.output_dir, asdict(config), resume=False, overwrite=config.overwrite)
-    path = write_log(config)
+    folder = claim_output_dir(
+        config.output_dir, asdict(config), resume=config.resume, overwrite=config.overwrite, may_differ=RUN_FLAGS
+    )
+    if not (folder / SESSIONS_NAME).is_file():
+        write_log(config, folder)
     sizes = ", ".join(f"{size} {split}" for split, size in _split_sizes(config).items())
-    print(f"{config.num_users} users ({sizes}): {path}, truth in {path.with_name(TRUTH_NAME)}")
+    print(f"{config.num_users} users ({sizes}): {folder / SESSIONS_NAME}, truth in {folder / TRUTH_NAME}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.config import option, parse_config
+from common.config import ModelOptions, option, parse_config
 from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.data.records import SPLITS, Example
@@ -46,11 +46,11 @@ _SYSTEM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(ModelOptions):
     """Compare systems (model folders) on held-out users and write report.json and report.md."""
 
     data_dir: str = option("", "Folder with train.jsonl, dev.jsonl and test.jsonl.")
-    systems: list[str] = option(
+    systems: list[str] = option(  # noqa: RUF009 - makes a list anew for every config
         [], "name=model folder ..., in the order of training; a later one is compared with each before it."
     )
     output_dir: str = option("", "Folder of the run; report.json, report.md and generations/ are written there.")
@@ -75,11 +75,10 @@ class EvaluateConfig:
     batch_size: int = option(64, "Prompts generated at once; it takes part in what a seed draws.")
     resamples: int = option(10_000, "Bootstrap resamples behind each interval.")
     shown_examples: int = option(5, "Examples printed in report.md, drawn at random; they hold text from the log.")
-    timings: list[str] = option([], 'Files with {"stage": seconds} to be taken into the report.')
+    timings: list[str] = option(  # noqa: RUF009 - makes a list anew for every config
+        [], 'Files with {"stage": seconds} to be taken into the report.'
+    )
     seed: int = option(0, "Seed of the sample of examples, the sampled responses and the bootstrap.")
-    dtype: str = option("fp32", "Precision of the models.", choices=["fp32", "bf16"])
-    attn_implementation: str = option("sdpa", "Attention kernel.", choices=["sdpa", "eager", "flash_attention_2"])
-    trust_remote_code: bool = option(False, "Run model code from the hub. Only for repositories that you trust.")
 
 
 def main() -> None:
@@ -108,10 +107,7 @@ def generate_and_score(
     name: str, path: str, examples: Sequence[Example], annotator: Annotator, config: EvaluateConfig
 ) -> dict[str, list[Row]]:
     """Scored rows of one system for each decoding, also written under `generations/`."""
-    model, tokenizer = load_generator(
-        path, dtype=config.dtype, attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
+    model, tokenizer = load_generator(path, config)
     builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
     rows: dict[str, list[Row]] = {}
     for decoding in decodings_of(config):

@@ -6,47 +6,29 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.config import ModelOptions
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.errors import InputError
 from common.models.generate import generate_responses
+from common.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
 
 Decoding = Literal["sampled", "greedy"]
 
 
-def load_generator(
-    path: str, *, dtype: str = "fp32", attn_implementation: str = "sdpa", trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model, ready to generate on the GPU if there is one, and its tokenizer.
+def load_generator(path: str, options: ModelOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model under `path`, on the GPU if there is one, and its tokenizer.
 
-    The sampling settings that the folder recommends are dropped, so that every system is decoded alike.
-    Raises `InputError` when the folder holds no such model, or its tokenizer has no EOS or more ids than the model.
+    Raises `InputError` when there is no such model, its tokenizer cannot end a response or be traced to text, or the
+    two do not belong together.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype],
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{path}: cannot load a causal language model and its tokenizer ({error})") from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{path}: the tokenizer has no EOS token, so no response can end; set one in its folder")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embeddings:
-        raise InputError(
-            f"{path}: the tokenizer has {len(tokenizer)} ids but the model embeds only {embeddings}; "
-            "they do not belong together"
-        )
-    # `generate` fills whatever its caller left open from here.
-    model.generation_config = GenerationConfig()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    # Padding is masked and never read, so that a folder without a pad token can be compared too.
+    tokenizer = load_tokenizer(path, options.trust_remote_code, pad_token="eos")
+    model = load_causal_lm(path, options)
+    check_vocabulary(model, tokenizer)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def generate_rows(

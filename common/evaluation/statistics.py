@@ -50,7 +50,8 @@ def resampled_means(values: np.ndarray, users: Sequence[str], resamples: int, se
 def estimate_means(values: np.ndarray, users: Sequence[str], resamples: int, seed: int) -> list[Estimate]:
     """Mean and bootstrap interval of each column of `values` (N, M); see `resampled_means`.
 
-    A column without a defined value has no mean, and one whose values come from a single user has no interval.
+    A column without a defined value has no mean, and one whose values come from a single user has no interval. Where
+    all users are alike (a rate of exactly 0, say) the interval has no width: draws show nothing that was not seen.
     """
     means = resampled_means(values, users, resamples, seed)
     users_with_value = _user_sums(values, users)[1].astype(bool).sum(axis=0)

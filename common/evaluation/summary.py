@@ -107,7 +107,7 @@ def find_warnings(
     """What a reader must know before believing the table.
 
     `systems` maps a name to its metrics by decoding, in the order of training. A policy that copies the history,
-    says the same to everybody or breaks the format may still win relevance.
+    repeats itself, says the same to everybody or breaks the format may still win relevance.
     """
     found: list[str] = []
     if judge == reward_annotator:
@@ -120,6 +120,7 @@ def find_warnings(
         before, after = systems[first][decoding], systems[last][decoding]
         for measure, text, worse in (
             ("copy_rate", "copies from the history rose", 1),
+            ("duplicate_rate", "duplicates in a list rose", 1),
             ("format_error_rate", "format errors rose", 1),
             ("distinct_2", "distinct-2 fell", -1),
         ):

@@ -37,10 +37,10 @@ def generate_responses(
 ) -> list[Generated]:
     """One response a prompt (token ids, not padded), in the order of `prompts`.
 
-    The model's own distribution is sampled at `temperature` (no top-p, no top-k); 0 is greedy decoding. Prompts of
-    similar length share a batch, padded on the left. The same prompts, seed and batch size give the same responses,
-    and the caller's random state is left as it was. `progress` labels a progress bar; without it there is none.
-    `synced` makes every rank go on until the last has finished, which sharded weights need.
+    The model's own distribution is sampled at `temperature` (no top-p, no top-k, nothing that its folder recommends); 0
+    is greedy decoding. Prompts of similar length share a batch, padded on the left. The same prompts, seed and batch
+    size give the same responses, and the caller's random state is left as it was. `progress` labels a progress bar;
+    without it there is none. `synced` makes every rank go on until the last has finished, which sharded weights need.
     Raises `InputError` for an empty prompt or settings out of range.
     """
     if temperature < 0 or max_new_tokens < 1 or batch_size < 1:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.alignment import TokenDecoder
+from common.config import ModelOptions
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.errors import InputError
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def loaded(folder: str) -> Loaded:
-    return load_generator(folder)
+    return load_generator(folder, ModelOptions())
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +117,14 @@ def test_sampling_at_temperature_zero_is_refused(loaded: Loaded, builder: Prompt
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=str(tmp_path)):
-        load_generator(str(tmp_path))
+        load_generator(str(tmp_path), ModelOptions())
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder: str, tmp_path: Path) -> None:
-    model, tokenizer = load_generator(folder)
+    model, tokenizer = load_generator(folder, ModelOptions())
     tokenizer.add_tokens(["onemore"])
+    model.generation_config = GenerationConfig()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="do not belong together"):
-        load_generator(str(tmp_path))
+        load_generator(str(tmp_path), ModelOptions())

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from common.evaluation import report as reports
 from common.evaluation.summary import CORPUS_MEASURES, MEASURES
 
-HOSTILE = "shoes | `rm -rf` <script>alert('x')</script> [a](http://x.y) *b* _c_ ![i](u) &amp; # \\| ~~d~~\n| --- |\r\n> e"
+HOSTILE = "shoes | `rm` <script>alert('x')</script> [a](http://x.y) *b* _c_ ![i](u) &amp; # \\| ~~d~~\n| --- |\r\n> e"
 
 
 class PageText(HTMLParser):
@@ -93,7 +93,8 @@ def make_report(systems: tuple[str, ...] = ("sft", "tppo"), beside: str | None =
     nested = {beside: None} if beside else {}
     return {
         "systems": {
-            name: metrics(0.4 + i / 10) | {key: metrics(0.6 + i / 10) for key in nested} for i, name in enumerate(systems)
+            name: metrics(0.4 + i / 10) | {key: metrics(0.6 + i / 10) for key in nested}
+            for i, name in enumerate(systems)
         },
         "references": {"gold": {**metrics(0.8), "tokens_per_response": estimate(None)}},
         "comparisons": {pair: comparison(0.5) | {key: comparison(0.4) for key in nested} for pair in pairs},

@@ -105,8 +105,11 @@ def test_compare_counts_items_and_pairs_differences() -> None:
     assert (result["differences"]["copy_rate"]["value"], result["differences"]["copy_rate"]["n"]) == (0.25, 2)
 
 
-def of(copy_rate: float, format_error_rate: float, distinct_2: float | None) -> dict:
-    values = {"copy_rate": copy_rate, "format_error_rate": format_error_rate, "distinct_2": distinct_2}
+def of(copy_rate: float, format_error_rate: float, distinct_2: float | None, duplicate_rate: float = 0.1) -> dict:
+    values = {
+        "copy_rate": copy_rate, "format_error_rate": format_error_rate, "distinct_2": distinct_2,
+        "duplicate_rate": duplicate_rate,
+    }
     return {name: {"value": value} for name, value in values.items()}
 
 
@@ -117,11 +120,12 @@ def test_warnings() -> None:
     alarming = {
         "sft": {"sampled": of(0.10, 0.02, 0.90), "greedy": of(0.1, 0.1, None)},
         "ppo": {"sampled": of(0.90, 0.90, 0.10), "greedy": of(0.1, 0.1, None)},
-        "tppo": {"sampled": of(0.30, 0.12, 0.70), "greedy": of(0.2, 0.1, None)},
+        "tppo": {"sampled": of(0.30, 0.12, 0.70), "greedy": of(0.2, 0.1, None, 0.4)},
     }
     assert summary.find_warnings(alarming, "lexical", "") == [
         "sampled decoding: copies from the history rose from 0.100 (sft) to 0.300 (tppo).",
         "sampled decoding: format errors rose from 0.020 (sft) to 0.120 (tppo).",
         "sampled decoding: distinct-2 fell from 0.900 (sft) to 0.700 (tppo).",
         "greedy decoding: copies from the history rose from 0.100 (sft) to 0.200 (tppo).",
+        "greedy decoding: duplicates in a list rose from 0.100 (sft) to 0.400 (tppo).",
     ]

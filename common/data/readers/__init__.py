@@ -77,7 +77,8 @@ def _read(
         empty = False
         yield record
     if empty:
-        raise InputError(f"{path}: holds no record (read as {log_format}, {tally.counts['bad_lines']} bad lines skipped)")
+        skipped = tally.counts["bad_lines"]
+        raise InputError(f"{path}: holds no record (read as {log_format}, {skipped} bad lines skipped)")
 
 
 def _folder_format(folder: Path) -> str | None:

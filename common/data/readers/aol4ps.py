@@ -14,7 +14,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -91,7 +91,7 @@ def _parse_time(text: str) -> float:
     if "/" not in text:
         return parse_time(text)
     layout = "%m/%d/%Y %H:%M:%S" if text.count(":") == 2 else "%m/%d/%Y %H:%M"
-    return datetime.strptime(text, layout).replace(tzinfo=timezone.utc).timestamp()
+    return datetime.strptime(text, layout).replace(tzinfo=UTC).timestamp()
 
 
 def _events(rows: list[_Row]) -> Iterator[Event]:
@@ -124,7 +124,8 @@ def _read_table(
                 else:
                     yield place, dict(zip(header, fields, strict=True))
         except csv.Error as error:
-            raise InputError(f"{path}:{reader.line_num}: not a readable table ({error}); is a quote unclosed?") from None
+            place = f"{path}:{reader.line_num}"
+            raise InputError(f"{place}: not a readable table ({error}); is a quote left open?") from None
 
 
 @contextmanager
@@ -136,7 +137,7 @@ def _open_table(path: Path, name: str) -> Iterator[IO[str]]:
             yield stream
         return
     try:
-        with tarfile.open(path, "r|gz") as archive:
+        with tarfile.open(path, "r:gz") as archive:
             for member in archive:
                 # Read in place, never unpacked: a member's name cannot lead outside.
                 if member.isfile() and Path(member.name).name == f"{name}.csv":

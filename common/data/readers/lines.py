@@ -38,7 +38,7 @@ def read_byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):  # noqa: B007 - the error below names the line
+            for number, line in enumerate(stream, start=1):
                 yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}:{number + 1}: not a whole gzip file ({error}); fetch it again") from None

@@ -1,0 +1,160 @@
+"""From a history and a response to what a token-level reward model reads, and which of its tokens are which words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from common.alignment import Span
+from common.data.prompts import PromptBuilder
+from common.data.records import Event
+from common.errors import InputError
+from common.models.loading import check_vocabulary
+from common.models.sequences import accepts
+from common.text import Word, split_words
+
+_NO_SPAN: Span = (0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class RewardInputOptions:
+    """How a history is rendered for the reward model, and how many of its tokens history and response may have."""
+
+    prompt_template: str
+    num_queries: int
+    max_prompt_tokens: int
+    max_response_tokens: int
+
+
+class TokenSequence(NamedTuple):
+    """What the model reads of one response: ids, segment ids and whether a token is the response's, each (T,)."""
+
+    input_ids: np.ndarray
+    token_types: np.ndarray
+    in_response: np.ndarray
+
+
+class EncodedResponse(NamedTuple):
+    """Tokens with their spans in the response, empty for all other tokens (T); the response's words.
+
+    `dropped_tokens` were cut off the response's end to fit the length limit; words there have no token.
+    """
+
+    tokens: TokenSequence
+    spans: list[Span]
+    words: list[Word]
+    dropped_tokens: int
+
+
+class RewardEncoder:
+    """Encodes (history, response) pairs for `model` and pads them into batches.
+
+    History and response are the two segments of the tokenizer's own pair format; where it has no separator they are
+    just joined, and so the history always ends with a line break. Inputs that only some models have are given by
+    capability: segment ids where the model has more than one, global attention on the response where its forward takes
+    it (Longformer).
+
+    Raises `InputError` for a tokenizer without offsets or padding, one that has more tokens than the model, and limits
+    beyond the model's positions.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, options: RewardInputOptions, model: PreTrainedModel
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.options = options
+        self._pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if self._pad_token_id is None:
+            raise InputError("the reward model's tokenizer has no pad and no EOS token; set pad_token in its folder")
+        check_vocabulary(model, tokenizer)
+        self.max_tokens = (
+            options.max_prompt_tokens + options.max_response_tokens + tokenizer.num_special_tokens_to_add(pair=True)
+        )
+        _check_positions(model, self.max_tokens)
+        line_break = len(tokenizer("\n", add_special_tokens=False)["input_ids"])
+        self._prompts = PromptBuilder(
+            tokenizer, options.prompt_template, options.max_prompt_tokens - line_break, options.num_queries
+        )
+        self._has_segments = accepts(model, "token_type_ids") and getattr(model.config, "type_vocab_size", 0) > 1
+        self._has_global_attention = accepts(model, "global_attention_mask")
+
+    def encode(self, history: Sequence[Event], response: str) -> EncodedResponse:
+        """Tokens of the newest events that fit and of the response, at most `max_tokens` together.
+
+        Raises `InputError` when not even the newest event fits.
+        """
+        prompt = self._prompts.text(history)
+        prompt = prompt if prompt.endswith("\n") else prompt + "\n"
+        encoding = self.tokenizer(prompt, response, return_offsets_mapping=True, return_token_type_ids=True)
+        in_response = np.array([segment == 1 for segment in encoding.sequence_ids()])
+        surplus = in_response & (in_response.cumsum() > self.options.max_response_tokens)
+        kept = np.flatnonzero(~surplus)
+        spans = [_NO_SPAN] * len(kept)
+        for place in np.flatnonzero(in_response[kept]):
+            start, end = encoding["offset_mapping"][kept[place]]
+            spans[place] = (float(start), float(end))
+        tokens = TokenSequence(
+            np.array(encoding["input_ids"], dtype=np.int32)[kept],
+            np.array(encoding["token_type_ids"], dtype=np.int8)[kept],
+            in_response[kept],
+        )
+        return EncodedResponse(tokens, spans, split_words(response), int(surplus.sum()))
+
+    def collate(self, sequences: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
+        """The model's keyword arguments, each (B, T), padded on the right; the mask is made from lengths."""
+        batch = {
+            "input_ids": pad_right([sequence.input_ids for sequence in sequences], self._pad_token_id),
+            "attention_mask": pad_right([np.ones(len(sequence.input_ids)) for sequence in sequences], 0),
+        }
+        if self._has_segments:
+            batch["token_type_ids"] = pad_right([sequence.token_types for sequence in sequences], 0)
+        if self._has_global_attention:
+            batch["global_attention_mask"] = pad_right([sequence.in_response for sequence in sequences], 0)
+        return batch
+
+
+def load_reward_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer under `path`, a folder or hub name; raises `InputError` where it is missing or has no offsets."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise InputError(f"{path}: cannot load a tokenizer ({str(error).splitlines()[0]})") from error
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{path}: {type(tokenizer).__name__} has no fast version, so its tokens have no character offsets; "
+            "choose a model with a tokenizer.json, or convert it with transformers.convert_slow_tokenizer"
+        )
+    return tokenizer
+
+
+def pad_right(rows: Sequence[Any], value: int) -> torch.Tensor:
+    """One-dimensional arrays or lists of whole numbers as one int64 tensor (B, T)."""
+    padded = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    for row, values in zip(padded, rows, strict=True):
+        row[: len(values)] = values
+    return torch.from_numpy(padded)
+
+
+def _check_positions(model: PreTrainedModel, max_tokens: int) -> None:
+    positions = _usable_positions(model)
+    if positions is not None and max_tokens > positions:
+        raise InputError(
+            f"history, response and special tokens may be {max_tokens} tokens, but the reward model has {positions} "
+            "positions; lower --max_prompt_tokens or --max_response_tokens"
+        )
+
+
+def _usable_positions(model: PreTrainedModel) -> int | None:
+    """How many tokens the model can place; None when it sets no limit."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa's family counts positions from the padding index on.
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - unused
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -1,0 +1,196 @@
+"""The token-level reward model: any token classifier over (history, response) pairs, and the scorer made of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from common.alignment import NO_LINE, pool_token_scores, token_words
+from common.config import ModelOptions
+from common.data.prompts import CHAT, TEMPLATE_DIR
+from common.data.records import Event
+from common.errors import InputError, TrainingDiverged
+from common.files import read_json, write_json
+from common.models.loading import DTYPES, check_attention
+from common.models.reward_encoder import EncodedResponse, RewardEncoder, RewardInputOptions, load_reward_tokenizer
+from common.models.reward_losses import MAX_SCORE, NUM_CLASSES, expected_score, query_means
+from common.text import split_queries
+
+SETTINGS_NAME = "token_reward.json"
+TEMPLATE_NAME = "prompt_template.jinja"
+LABEL_NAMES = {0: "irrelevant", 1: "relevant", 2: "very relevant"}
+MISSING_WORD_SCORE = 0.0
+
+
+class RewardScores(NamedTuple):
+    """Of each response: `words`, the expected score in 0..2 of each word of `split_words`; `queries`, the sentence
+    score in 0..1 of each line of `split_queries`, 0 for a line without a token. `missing` words of all responses had
+    no token (cut off, or removed by the tokenizer) and score 0."""
+
+    words: list[list[float]]
+    queries: list[list[float]]
+    missing: int
+
+
+class TokenRewardModel:
+    """Scores responses with `module`, a token classifier; one forward call a batch, whatever the batch holds.
+
+    `module` may be in DeepSpeed's hands: it is called as it is, on the device that its weights are on.
+    """
+
+    def __init__(self, module: nn.Module, encoder: RewardEncoder) -> None:
+        self.module = module
+        self.encoder = encoder
+
+    def score_words(self, histories: Sequence[Sequence[Event]], responses: Sequence[str]) -> list[list[float]]:
+        """`score(...).words`."""
+        return self.score(histories, responses).words
+
+    @torch.no_grad()
+    def score(self, histories: Sequence[Sequence[Event]], responses: Sequence[str]) -> RewardScores:
+        """Word and sentence scores of one batch. Raises `TrainingDiverged` when a score is not finite."""
+        encoded = [self.encoder.encode(*pair) for pair in zip(histories, responses, strict=True)]
+        batch = self.encoder.collate([item.tokens for item in encoded])
+        device = next(self.module.parameters()).device
+        self.module.eval()
+        expected = expected_score(self.module(**{key: value.to(device) for key, value in batch.items()}).logits).cpu()
+        words, queries, missing = [], [], 0
+        for row, item, response in zip(expected, encoded, responses, strict=True):
+            scores = row[: len(item.spans)]
+            if not scores.isfinite().all():
+                raise TrainingDiverged("the reward model gives scores that are not finite; look at step 2's metrics")
+            pooled = pool_token_scores(item.words, scores.tolist(), item.spans, missing=float("nan"))
+            missing += sum(score != score for score in pooled)
+            words.append([MISSING_WORD_SCORE if score != score else score for score in pooled])
+            queries.append(sentence_scores(scores, item, len(split_queries(response))))
+        return RewardScores(words, queries, missing)
+
+
+def sentence_scores(expected: torch.Tensor, encoded: EncodedResponse, num_queries: int) -> list[float]:
+    """What the global loss trains: the mean of `expected` (T,) over a query's word tokens, halved; 0 for no token."""
+    index = torch.tensor([query_index(encoded)])
+    means, _ = query_means(expected.unsqueeze(0), index, num_queries)
+    return (means[0] / MAX_SCORE).tolist()
+
+
+def query_index(encoded: EncodedResponse) -> list[int]:
+    """The query of each token in the valid zone, `NO_LINE` for all others; (T,)."""
+    owners = token_words(encoded.words, encoded.spans)
+    return [encoded.words[owner].line if owner >= 0 else NO_LINE for owner in owners]
+
+
+def load_token_reward_model(path: str, options: ModelOptions, bidirectional: bool = False) -> PreTrainedModel:
+    """A token classifier with our three classes from any model folder or hub name that has one.
+
+    A causal language model (step 1's) or another classifier gets a new head. `bidirectional` makes a decoder read both
+    ways, so that a word is judged in the light of those after it. The setting is saved with the model, so a folder of
+    such a model needs no flag.
+
+    Raises `InputError` for a model without a token classifier, without trained weights, with an attention kernel that
+    cannot run, or for `bidirectional` on a model that is no decoder.
+    """
+    check_attention(options.attn_implementation, options.dtype)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+        config.num_labels = NUM_CLASSES
+        config.id2label, config.label2id = LABEL_NAMES, {name: label for label, name in LABEL_NAMES.items()}
+        if bidirectional:
+            config.is_causal = False  # what transformers builds its attention masks by
+        model, report = AutoModelForTokenClassification.from_pretrained(
+            path,
+            config=config,
+            dtype=DTYPES[options.dtype],
+            attn_implementation=options.attn_implementation,
+            trust_remote_code=options.trust_remote_code,
+            ignore_mismatched_sizes=True,  # a head of other classes gives way to ours; checked below
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise InputError(f"{path}: cannot load a token classifier ({str(error).splitlines()[0]})") from error
+    _check_trunk(path, model, report)
+    if reads_both_ways(model):
+        _switch_off_causality(path, model)
+    return model
+
+
+def reads_both_ways(model: PreTrainedModel) -> bool:
+    """Whether `model` is a decoder that was made bidirectional."""
+    return not getattr(model.config, "is_causal", True)
+
+
+def load_token_reward_scorer(path: str, options: ModelOptions) -> TokenRewardModel:
+    """The scorer in a folder that step 2 wrote. Raises `InputError` for any other folder."""
+    folder = Path(path)
+    if not (folder / SETTINGS_NAME).is_file():
+        raise InputError(f"{path}: no token reward model (no {SETTINGS_NAME}); give the model folder that step 2 wrote")
+    settings = RewardInputOptions(**read_json(folder / SETTINGS_NAME)["inputs"])
+    if settings.prompt_template == TEMPLATE_NAME:
+        settings = RewardInputOptions(**asdict(settings) | {"prompt_template": str(folder / TEMPLATE_NAME)})
+    model = load_token_reward_model(path, options)
+    tokenizer = load_reward_tokenizer(path, options.trust_remote_code)
+    return TokenRewardModel(model.eval(), RewardEncoder(tokenizer, settings, model))
+
+
+def save_token_reward_model(
+    path: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: RewardInputOptions,
+    facts: Mapping[str, Any],
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a complete folder: safetensors, config, tokenizer, the prompt template and `token_reward.json`.
+
+    `facts` (JSON values) go into the last, beside how inputs are made. It is written last: a folder without it is not
+    complete. `state_dict` are the whole weights where the model's own are sharded. Call it on one process.
+    """
+    path = Path(path)
+    if path.exists():
+        shutil.rmtree(path)
+    model.save_pretrained(path, state_dict=state_dict)
+    tokenizer.save_pretrained(path)
+    settings = asdict(inputs)
+    if _is_file(inputs.prompt_template):
+        shutil.copyfile(inputs.prompt_template, path / TEMPLATE_NAME)
+        settings["prompt_template"] = TEMPLATE_NAME
+    write_json(path / SETTINGS_NAME, {"inputs": settings, **facts})
+
+
+def _check_trunk(path: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Only the head may be new."""
+    trunk = f"{model.base_model_prefix}."
+    missing = {key for key in report["missing_keys"] if key.startswith(trunk)}
+    missing |= {key for key, *_ in report["mismatched_keys"] if key.startswith(trunk)}
+    if missing:
+        raise InputError(
+            f"{path}: {len(missing)} of the encoder's weights are missing or of another size ({min(missing)}, ...), so "
+            "it would be random; give a folder with a trained model"
+        )
+
+
+def _switch_off_causality(path: str, model: PreTrainedModel) -> None:
+    """Tell each attention module what the configuration tells the mask: some kernels ask the module."""
+    causal = [module for module in model.modules() if getattr(module, "is_causal", None) is True]
+    if not causal:
+        raise InputError(
+            f"{path}: {type(model).__name__} has no causal attention that could be switched off; --bidirectional is "
+            "for decoders, an encoder reads both ways anyway"
+        )
+    for module in causal:
+        module.is_causal = False
+
+
+def _is_file(template: str) -> bool:
+    return template != CHAT and not (TEMPLATE_DIR / f"{template}.jinja").is_file()

@@ -1,0 +1,131 @@
+"""Step 2: train the token-level reward model.
+
+    deepspeed --num_gpus 8 step2_token_reward/main.py --config step2_token_reward/configs/longformer.yaml \\
+        --samples outputs/my_run/step2_token_reward/samples.jsonl \\
+        --labels outputs/my_run/step2_token_reward/labels.jsonl \\
+        --model_name_or_path ... --output_dir outputs/my_run/step2_token_reward/training
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from common.config import parse_config
+from common.engine import distributed
+from common.engine.trainer import last_complete_checkpoint, remove_incomplete_checkpoints, run_callbacks
+from common.errors import run_command
+from common.feedback.labels import read_labels
+from common.files import claim_output_dir, write_json
+from common.models.loading import check_attention
+from common.models.reward_encoder import RewardEncoder, load_reward_tokenizer
+from common.models.reward_losses import inverse_class_frequency
+from common.models.token_reward import load_token_reward_model, reads_both_ways, save_token_reward_model
+from step2_token_reward.config import MAY_DIFFER, Step2Config, check_config, training_arguments
+from step2_token_reward.dataset import RewardCollator, RewardData, build_data
+from step2_token_reward.trainer import RewardTrainer
+
+
+def main() -> None:
+    """Train a token classifier on labelled responses; write `<output_dir>/model`."""
+    config = parse_config(Step2Config)
+    check_config(config)
+    check_attention(config.attn_implementation, config.dtype)
+    start = time.monotonic()
+    distributed.start()
+    distributed.seed_everything(config.seed)
+
+    labelled = read_labels(config.samples, config.labels)
+    tokenizer = load_reward_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    args = training_arguments(config)
+    distributed.on_main_first(lambda: prepare_output(config))
+    checkpoint = last_complete_checkpoint(args.output_dir)
+
+    model = load_token_reward_model(config.model_name_or_path, config, config.bidirectional)
+    encoder = RewardEncoder(tokenizer, config.inputs, model)
+    data = build_data(labelled, encoder)
+    class_weights = config.class_weights or inverse_class_frequency(data.class_counts)
+    announce(config, data, class_weights, checkpoint)
+
+    trainer = RewardTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        held_out=data.held_out,
+        data_collator=RewardCollator(encoder),
+        processing_class=tokenizer,
+        callbacks=run_callbacks(config.output_dir, tensorboard=config.tensorboard, checkpoint=checkpoint),
+        w=config.w,
+        class_weights=class_weights,
+        class_keep_ratios=config.class_keep_ratios,
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    metrics = trainer.final_metrics()
+    facts = {
+        "w": config.w,
+        "class_weights": class_weights,
+        "class_keep_ratios": config.class_keep_ratios,
+        "bidirectional": reads_both_ways(model),
+        "metrics": metrics,
+    }
+    save(trainer, config, facts)
+    if distributed.rank() == 0:
+        write_json(Path(config.output_dir) / "timings.json", {"step2_token_reward": round(time.monotonic() - start, 1)})
+        print(closing_words(config, metrics), flush=True)
+
+
+def prepare_output(config: Step2Config) -> None:
+    """Claim the output folder (rank 0 only)."""
+    output_dir = claim_output_dir(
+        config.output_dir, asdict(config), resume=config.resume, overwrite=config.overwrite, may_differ=MAY_DIFFER
+    )
+    remove_incomplete_checkpoints(output_dir / "checkpoints")
+
+
+def announce(config: Step2Config, data: RewardData, class_weights: list[float], checkpoint: Path | None) -> None:
+    """Say what is about to happen."""
+    if distributed.rank() != 0:
+        return
+    weights = ", ".join(f"{weight:.3f}" for weight in class_weights)
+    print(
+        f"responses: {len(data.train)} to train on, {len(data.held_out)} held out; {data.without_words} left out, they "
+        f"have no word; {data.cut} cut at {config.max_response_tokens} tokens\n"
+        f"training tokens of class 0, 1, 2: {data.class_counts}; class weights: {weights}",
+        flush=True,
+    )
+    if config.resume:
+        print(f"resuming from {checkpoint or 'the start: there is no complete checkpoint yet'}", flush=True)
+
+
+def save(trainer: RewardTrainer, config: Step2Config, facts: dict[str, Any]) -> None:
+    """Write the model folder and the metrics on rank 0; all ranks give their shards."""
+    weights = trainer.whole_weights()
+    output_dir = Path(config.output_dir)
+
+    def write() -> None:
+        save_token_reward_model(
+            output_dir / "model", trainer.model, trainer.processing_class, config.inputs, facts, weights
+        )
+        write_json(output_dir / "metrics.json", facts["metrics"])
+
+    distributed.on_main_first(write)
+
+
+def closing_words(config: Step2Config, metrics: dict[str, float | None]) -> str:
+    """How good the model is, where everything lies and what comes next."""
+    output = Path(config.output_dir)
+    shown = ("token_auc", "word_auc", "word_accuracy", "sentence_mse", "sentence_spearman")
+    figures = ", ".join(f"{name} {'undefined' if metrics[name] is None else f'{metrics[name]:.3f}'}" for name in shown)
+    return (
+        f"held-out users: {figures}\n"
+        f"model:       {output}/model\n"
+        f"metrics:     {output}/metrics.json, {output}/metrics.jsonl\n"
+        + (f"tensorboard: tensorboard --logdir {output}/tensorboard\n" if config.tensorboard else "")
+        + f"next:        bash scripts/run_step3.sh --reward_path {output}/model"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from common.alignment import IGNORE_LABEL, NO_LINE
+from common.config import parse_config
+from common.errors import InputError, TrainingDiverged
+from common.models.reward_encoder import RewardEncoder
+from common.models.reward_losses import expected_score, token_reward_loss
+from common.models.token_reward import TokenRewardModel, load_token_reward_model
+from common.text import split_words
+from step2_token_reward.config import Step2Config, check_config
+from step2_token_reward.dataset import RewardCollator, RewardData, build_data
+from step2_token_reward.evaluation import METRIC_NAMES, held_out_metrics
+from step2_token_reward.trainer import RewardTrainer
+from tests.labelled_samples import RESPONSES, WORD_SCORES, annotate, labelled, sample
+from tests.models.reward_fixtures import EAGER, HISTORY, INPUTS, save_tiny
+
+WEIGHTS = [0.5, 1.0, 1.5]
+
+
+class Parts:
+    """A tiny model without dropout and the labelled responses in its tokens."""
+
+    def __init__(self, kind: str, folder: Path, bidirectional: bool = False) -> None:
+        save_tiny(kind, folder)
+        torch.manual_seed(0)
+        self.model = load_token_reward_model(str(folder), EAGER, bidirectional)
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        tokenizer = __import__("transformers").AutoTokenizer.from_pretrained(folder)
+        self.encoder = RewardEncoder(tokenizer, INPUTS, self.model)
+        self.data = build_data(labelled("train", RESPONSES) + labelled("dev", RESPONSES), self.encoder)
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Parts:
+    return Parts("bert", tmp_path / "bert")
+
+
+def trainer_of(parts: Parts, folder: Path, w: float = 0.5, keep_ratios: tuple[float, ...] = (), **settings: Any):
+    arguments = {
+        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "remove_unused_columns": False,
+        "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 6, "max_grad_norm": 0.0, "logging_nan_inf_filter": False, "seed": 3,
+    }  # fmt: skip
+    return RewardTrainer(
+        model=parts.model, args=TrainingArguments(**arguments | settings), train_dataset=parts.data.train,
+        held_out=parts.data.held_out, data_collator=RewardCollator(parts.encoder), w=w, class_weights=WEIGHTS,
+        class_keep_ratios=keep_ratios,
+    )  # fmt: skip
+
+
+def whole_batch(parts: Parts) -> dict[str, torch.Tensor]:
+    return RewardCollator(parts.encoder)(parts.data.train)
+
+
+def losses_of(parts: Parts, w: float) -> Any:
+    batch = whole_batch(parts)
+    targets = [batch.pop(name) for name in ("labels", "query_index", "query_scores")]
+    batch.pop("row")
+    logits = parts.model(**batch).logits
+    return token_reward_loss(logits, *targets, torch.tensor(WEIGHTS), w)
+
+
+# Data.
+
+
+def test_tokens_carry_their_words_labels(bert: Parts) -> None:
+    tokenizer = bert.encoder.tokenizer
+    for row, response in zip(bert.data.train, RESPONSES, strict=True):
+        tokens = tokenizer.convert_ids_to_tokens(row["input_ids"].tolist())
+        words = iter(split_words(response))
+        word = None
+        for token, label, line in zip(tokens, row["labels"], row["query_index"], strict=True):
+            if label == IGNORE_LABEL:
+                assert line == NO_LINE
+                continue
+            # WordPiece: a token without ## begins the next word (a hyphen parts "wi-fi" into three such tokens).
+            if not token.startswith("##") and (word is None or token not in {"-", "fi"}):
+                word = next(words)
+            assert (label, line) == (WORD_SCORES.get(word.text, 0), word.line)
+        assert next(words, None) is None
+        assert row["query_scores"] == [score / 2 for score in annotate(response).query_scores]
+
+
+def test_splits_and_what_is_left_out(bert: Parts) -> None:
+    rows = labelled("train", ["best shoes", "", "!?\n..."]) + labelled("dev", ["boots"]) + labelled("test", ["shoes"])
+    data = build_data(rows, bert.encoder)
+    assert (len(data.train), len(data.held_out), data.without_words, data.cut) == (1, 1, 2, 0)
+    assert data.class_counts == [0, 1, 1]
+    with pytest.raises(InputError, match="split 'dev'"):
+        build_data(labelled("train", ["best shoes"]), bert.encoder)
+    with pytest.raises(InputError, match="split 'train'"):
+        build_data([(sample(0, "dev", "shoes"), annotate("shoes"))], bert.encoder)
+
+
+def test_batches_hold_padded_targets(bert: Parts) -> None:
+    batch = whole_batch(bert)
+    for place, row in enumerate(bert.data.train):
+        length = len(row["input_ids"])
+        assert batch["labels"][place].tolist() == row["labels"].tolist() + [IGNORE_LABEL] * (
+            batch["labels"].shape[1] - length
+        )
+        assert (batch["query_index"][place] != NO_LINE).tolist() == (batch["labels"][place] != IGNORE_LABEL).tolist()
+        assert batch["query_scores"][place].tolist() == row["query_scores"] + [0.0] * (3 - len(row["query_scores"]))
+        assert batch["row"][place] == place
+
+
+# Training.
+
+
+def weights_after(kind: str, folder: Path, micro_batch: int, accumulation: int) -> tuple[dict, dict[str, float]]:
+    parts = Parts(kind, folder / f"model{micro_batch}")
+    trainer = trainer_of(
+        parts, folder / f"run{micro_batch}", w=0.4, max_steps=1, optim="sgd", learning_rate=0.5,
+        per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulation,
+    )
+    trainer.train()
+    return {name: value.clone() for name, value in parts.model.state_dict().items()}, trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_accumulated_gradients_equal_those_of_the_full_batch(kind: str, tmp_path: Path) -> None:
+    parts = Parts(kind, tmp_path / "reference")
+    losses = losses_of(parts, w=0.4)
+    losses.total.backward()
+    expected = {name: value - 0.5 * value.grad for name, value in parts.model.named_parameters() if value.grad is not None}
+    for micro_batch, accumulation in ((6, 1), (2, 3), (1, 6)):
+        weights, logged = weights_after(kind, tmp_path, micro_batch, accumulation)
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value.detach(), rtol=1e-4, atol=1e-6)
+        assert logged["loss"] == pytest.approx(losses.total.item(), rel=1e-4)
+        assert logged["local_loss"] == pytest.approx(losses.local_loss.item(), rel=1e-4)
+        assert logged["global_loss"] == pytest.approx(losses.global_loss.item(), rel=1e-4)
+
+
+def test_logged_parts_are_means_over_the_steps_since_the_last_log(bert: Parts, tmp_path: Path) -> None:
+    trainer = trainer_of(
+        bert, tmp_path / "run", w=0.3, num_train_epochs=3, logging_steps=3, learning_rate=1e-2,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["step"] for row in logged] == [3, 6]  # two steps an epoch, the second with one micro-batch
+    for row in logged:
+        assert row["loss"] == pytest.approx(0.3 * row["local_loss"] + 0.7 * row["global_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "longformer", "llama"])
+def test_a_small_labelled_set_is_learned_by_heart(kind: str, tmp_path: Path) -> None:
+    parts = Parts(kind, tmp_path / "model", bidirectional=kind == "llama")
+    trainer = trainer_of(parts, tmp_path / "run", max_steps=60, learning_rate=2e-2, eval_strategy="no")
+    before = trainer.evaluate()
+    trainer.train()
+    metrics = trainer.final_metrics()
+    assert set(metrics) == set(METRIC_NAMES)
+    assert metrics["loss"] < 0.1 * before["eval_loss"]
+    assert metrics["token_auc"] == metrics["word_auc"] == 1.0
+    assert metrics["token_accuracy"] == metrics["word_accuracy"] == metrics["word_accuracy_1"] == 1.0
+    assert metrics["sentence_mse"] < 0.02
+    assert metrics["sentence_spearman"] > 0.8
+    scores = TokenRewardModel(parts.model, parts.encoder).score([item_history() for _ in RESPONSES], RESPONSES)
+    for response, words in zip(RESPONSES, scores.words, strict=True):
+        assert [round(score) for score in words] == [WORD_SCORES.get(word.text, 0) for word in split_words(response)]
+
+
+def item_history() -> tuple:
+    return HISTORY
+
+
+def test_a_resumed_run_draws_the_same_class_masks(tmp_path: Path) -> None:
+    settings = {"num_train_epochs": 3, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 4,
+                "learning_rate": 1e-2}  # fmt: skip
+    whole = Parts("bert", tmp_path / "whole")
+    trainer_of(whole, tmp_path / "run", keep_ratios=(0.5, 0.8, 0.9), **settings).train()
+    resumed = Parts("bert", tmp_path / "resumed")
+    trainer = trainer_of(resumed, tmp_path / "run", keep_ratios=(0.5, 0.8, 0.9), **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=0, atol=0)
+    unmasked = Parts("bert", tmp_path / "unmasked")
+    trainer_of(unmasked, tmp_path / "other", **settings).train()
+    assert not torch.equal(unmasked.model.classifier.weight, whole.model.classifier.weight)
+
+
+# Evaluation.
+
+
+def test_metrics_of_the_trainer_are_those_of_the_whole_set(bert: Parts, tmp_path: Path) -> None:
+    """In batches of four (one of them half full), against one padded batch and the pure functions."""
+    bert.model.eval()
+    metrics = trainer_of(bert, tmp_path, w=0.3, per_device_eval_batch_size=4).evaluate()
+    with torch.no_grad():
+        losses = losses_of(bert, w=0.3)
+    assert metrics["eval_loss"] == pytest.approx(losses.total.item(), rel=1e-5)
+    assert metrics["eval_local_loss"] == pytest.approx(losses.local_loss.item(), rel=1e-5)
+    assert metrics["eval_sentence_mse"] == pytest.approx(losses.global_loss.item(), rel=1e-5)
+    assert {f"eval_{name}" for name in METRIC_NAMES} <= set(metrics)
+
+
+def logits_for(data: RewardData, wrong_token: int | None = None) -> list[torch.Tensor]:
+    """Certain and right everywhere, except at the first response's `wrong_token`-th labelled token."""
+    logits = []
+    for place, item in enumerate(data.held_out):
+        labels = np.array(item.labels)
+        classes = np.where(labels == IGNORE_LABEL, 1, labels)
+        if place == 0 and wrong_token is not None:
+            target = np.flatnonzero(labels != IGNORE_LABEL)[wrong_token]
+            classes[target] = (classes[target] + 1) % 3
+        logits.append(20.0 * torch.nn.functional.one_hot(torch.tensor(classes), 3).float())
+    return logits
+
+
+def test_perfect_logits_have_perfect_metrics(bert: Parts) -> None:
+    metrics = held_out_metrics(
+        zip(logits_for(bert.data), bert.data.held_out, strict=True), torch.tensor(WEIGHTS), w=1.0
+    )
+    for level in ("token", "word"):
+        assert all(metrics[f"{level}_{name}"] == 1.0 for name in ("auc", "accuracy", "accuracy_0", "accuracy_2"))
+    assert metrics["loss"] == metrics["local_loss"] < 1e-6
+
+
+def test_one_wrong_token_counts_as_one(bert: Parts) -> None:
+    """The second token of "best running shoes" is a word of its own: label 2, said to be 0."""
+    metrics = held_out_metrics(
+        zip(logits_for(bert.data, wrong_token=1), bert.data.held_out, strict=True), torch.tensor(WEIGHTS), w=0.5
+    )
+    labels = [label for item in bert.data.held_out for label in item.labels if label != IGNORE_LABEL]
+    words = [label for item in bert.data.held_out for label in item.word_labels]
+    assert metrics["token_accuracy"] == pytest.approx(1 - 1 / len(labels))
+    assert metrics["token_accuracy_2"] == pytest.approx(1 - 1 / labels.count(2))
+    assert metrics["word_accuracy"] == pytest.approx(1 - 1 / len(words))
+    assert metrics["word_accuracy_0"] == metrics["word_accuracy_1"] == 1.0
+    counted = sum(WEIGHTS[label] for label in labels)
+    assert metrics["local_loss"] == pytest.approx(20 * WEIGHTS[2] / counted, rel=1e-4)
+
+
+def test_a_word_of_two_tokens_is_judged_by_their_mean(bert: Parts) -> None:
+    data = build_data(labelled("train", ["shoes"]) + labelled("dev", ["recipe"]), bert.encoder)
+    (item,) = data.held_out
+    first, second = np.flatnonzero(np.array(item.labels) != IGNORE_LABEL)  # "recip" and "##e"
+    logits = torch.zeros(len(item.labels), 3)
+    logits[first] = torch.tensor([0.5, 0.2, 0.3]).log()
+    logits[second] = torch.tensor([0.1, 0.8, 0.1]).log()
+    metrics = held_out_metrics([(logits, item)], torch.tensor(WEIGHTS), w=0.5)
+    assert metrics["token_accuracy"] == 0.5
+    assert metrics["word_accuracy"] == 1.0  # five characters of six: 0.433 against 0.3 and 0.267
+    expected = expected_score(logits)[[first, second]].mean().item() / 2
+    assert metrics["sentence_mse"] == pytest.approx(expected**2, rel=1e-5)
+    undefined = {name for name, value in metrics.items() if math.isnan(value)}
+    assert undefined == {
+        "sentence_spearman", "token_auc", "word_auc",
+        *(f"{level}_accuracy_{label}" for level in ("token", "word") for label in (1, 2)),
+    }  # fmt: skip
+
+
+def test_undefined_measures_are_not_logged_and_null_in_the_end(bert: Parts, tmp_path: Path) -> None:
+    bert.data = build_data(labelled("train", RESPONSES) + labelled("dev", ["recipe"]), bert.encoder)
+    trainer = trainer_of(bert, tmp_path)
+    metrics = trainer.evaluate()
+    assert "eval_token_auc" not in metrics
+    assert all(math.isfinite(value) for value in metrics.values())
+    final = trainer.final_metrics()
+    assert final["token_auc"] is None
+    assert final["loss"] == metrics["eval_loss"]
+
+
+def test_a_model_that_has_diverged_is_not_evaluated(bert: Parts, tmp_path: Path) -> None:
+    torch.nn.init.constant_(bert.model.classifier.weight, float("nan"))
+    with pytest.raises(TrainingDiverged, match="held-out loss nan"):
+        trainer_of(bert, tmp_path).evaluate()
+
+
+# Settings.
+
+GIVEN = ["--model_name_or_path", "m", "--samples", "s", "--labels", "l", "--output_dir", "o"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--w", "1.5"], "--w is the local loss's share"),
+        (["--class_weights", "1", "2"], "--class_weights needs 3 numbers"),
+        (["--class_weights", "1", "2", "0"], "--class_weights needs 3 numbers"),
+        (["--class_keep_ratios", "1", "0.5", "1.5"], "--class_keep_ratios needs 3 numbers"),
+        (["--learning_rate", "0"], "--learning_rate must be above 0"),
+        (["--samples", ""], "--samples is missing"),
+        (["--save_total_limit", "1"], "--save_total_limit must be 2 or more"),
+        (["--warmup_ratio", "1"], "--warmup_ratio is a share"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(flags: list[str], message: str) -> None:
+    check_config(parse_config(Step2Config, GIVEN))
+    with pytest.raises(InputError, match=message):
+        check_config(parse_config(Step2Config, GIVEN + flags))
