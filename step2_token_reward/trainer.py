@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,8 @@ class RewardTrainer(RecipeTrainer):
     ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
         """The micro-batches of the next optimiser step, class masks drawn, and the denominators of its losses."""
         self._steps_in_parts += 1
-        return super().get_batch_samples(self._masked(epoch_iterator), num_batches, device)
+        batches = map(self._class_mask(), epoch_iterator) if self._keep_ratios else epoch_iterator
+        return super().get_batch_samples(batches, num_batches, device)
 
     def compute_loss(
         self,
@@ -123,15 +124,12 @@ class RewardTrainer(RecipeTrainer):
         queries = sum(count_queries(batch["query_index"]) for batch in batch_samples)
         return self.accelerator.reduce(torch.stack([weights, queries.float()]).to(device), "sum")
 
-    def _masked(self, batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-        if not self._keep_ratios:
-            yield from batches
-            return
+    def _class_mask(self) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        """The draw of the next optimiser step, on this rank."""
         # Seeded by the step, so that a resumed run draws what an unbroken one would have drawn.
         place = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + place)
-        for batch in batches:
-            yield batch | {"labels": keep_classes(batch["labels"], self._keep_ratios, generator)}
+        return lambda batch: batch | {"labels": keep_classes(batch["labels"], self._keep_ratios, generator)}
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Measures that are defined; the Trainer puts `eval_` before their names."""

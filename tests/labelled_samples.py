@@ -21,9 +21,9 @@ RESPONSES = [
 
 
 def annotate(response: str) -> Annotation:
-    """Word scores from `WORD_SCORES`, else 0; a query scores 2, 1 or 0 as its best word does."""
+    """Word scores from `WORD_SCORES`, else 0; a query's score is their mean, rounded."""
     scores = [tuple(WORD_SCORES.get(word.text, 0) for word in words) for words in words_by_query(response)]
-    return Annotation(tuple(scores), tuple(max(line, default=0) for line in scores))
+    return Annotation(tuple(scores), tuple(round(sum(line) / max(1, len(line))) for line in scores))
 
 
 def sample(place: int, split: str, response: str) -> dict[str, Any]:

@@ -12,38 +12,34 @@ from transformers import TrainingArguments
 from common.alignment import IGNORE_LABEL, NO_LINE
 from common.config import parse_config
 from common.errors import InputError, TrainingDiverged
+from common.feedback.labels import sample_item
 from common.models.reward_encoder import RewardEncoder
 from common.models.reward_losses import expected_score, token_reward_loss
-from common.models.token_reward import TokenRewardModel, load_token_reward_model
+from common.models.token_reward import TokenRewardModel
 from common.text import split_words
 from step2_token_reward.config import Step2Config, check_config
 from step2_token_reward.dataset import RewardCollator, RewardData, build_data
 from step2_token_reward.evaluation import METRIC_NAMES, held_out_metrics
 from step2_token_reward.trainer import RewardTrainer
 from tests.labelled_samples import RESPONSES, WORD_SCORES, annotate, labelled, sample
-from tests.models.reward_fixtures import EAGER, HISTORY, INPUTS, save_tiny
+from tests.models.reward_fixtures import INPUTS, tiny_classifier
 
 WEIGHTS = [0.5, 1.0, 1.5]
+X = IGNORE_LABEL
 
 
 class Parts:
-    """A tiny model without dropout and the labelled responses in its tokens."""
+    """A tiny model without dropout and the labelled responses in its tokens; the same weights every time."""
 
-    def __init__(self, kind: str, folder: Path, bidirectional: bool = False) -> None:
-        save_tiny(kind, folder)
-        torch.manual_seed(0)
-        self.model = load_token_reward_model(str(folder), EAGER, bidirectional)
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        tokenizer = __import__("transformers").AutoTokenizer.from_pretrained(folder)
+    def __init__(self, kind: str, bidirectional: bool = False) -> None:
+        self.model, tokenizer = tiny_classifier(kind, bidirectional)
         self.encoder = RewardEncoder(tokenizer, INPUTS, self.model)
         self.data = build_data(labelled("train", RESPONSES) + labelled("dev", RESPONSES), self.encoder)
 
 
 @pytest.fixture
-def bert(tmp_path: Path) -> Parts:
-    return Parts("bert", tmp_path / "bert")
+def bert() -> Parts:
+    return Parts("bert")
 
 
 def trainer_of(parts: Parts, folder: Path, w: float = 0.5, keep_ratios: tuple[float, ...] = (), **settings: Any):
@@ -74,22 +70,29 @@ def losses_of(parts: Parts, w: float) -> Any:
 # Data.
 
 
-def test_tokens_carry_their_words_labels(bert: Parts) -> None:
-    tokenizer = bert.encoder.tokenizer
-    for row, response in zip(bert.data.train, RESPONSES, strict=True):
-        tokens = tokenizer.convert_ids_to_tokens(row["input_ids"].tolist())
-        words = iter(split_words(response))
-        word = None
-        for token, label, line in zip(tokens, row["labels"], row["query_index"], strict=True):
-            if label == IGNORE_LABEL:
-                assert line == NO_LINE
-                continue
-            # WordPiece: a token without ## begins the next word (a hyphen parts "wi-fi" into three such tokens).
-            if not token.startswith("##") and (word is None or token not in {"-", "fi"}):
-                word = next(words)
-            assert (label, line) == (WORD_SCORES.get(word.text, 0), word.line)
-        assert next(words, None) is None
-        assert row["query_scores"] == [score / 2 for score in annotate(response).query_scores]
+@pytest.mark.parametrize(
+    ("kind", "tokens", "labels"),
+    [
+        ("bert", ["recip", "##e", ",", "boots", "near", "w", "##i", "-", "f", "##i"], [0, 0, X, 2, 1, 0, 0, 0, 0, 0]),
+        (
+            "llama",
+            ["▁recipe,", "▁bo", "ot", "s", "▁near", "<0x0A>", "w", "i-fi"],
+            [0, 2, 2, 2, 1, X, 0, 0],
+        ),
+    ],
+)
+def test_tokens_carry_their_words_labels_and_queries(kind: str, tokens: list[str], labels: list[int]) -> None:
+    encoder = Parts(kind).encoder
+    row = build_data(labelled("train", ["recipe, boots near\nwi-fi"]) + labelled("dev", ["a"]), encoder).train[0]
+    place = np.flatnonzero(row["tokens"].in_response)
+    assert encoder.tokenizer.convert_ids_to_tokens(row["input_ids"][place].tolist()) == tokens
+    assert row["labels"][place].tolist() == labels
+    second_line = tokens.index("w")
+    lines = [NO_LINE if label == X else int(token >= second_line) for token, label in enumerate(labels)]
+    assert row["query_index"][place].tolist() == lines
+    assert set(row["labels"][: place[0]]) == {X}
+    assert set(row["query_index"][: place[0]]) == {NO_LINE}
+    assert row["query_scores"] == [0.5, 0.0]
 
 
 def test_splits_and_what_is_left_out(bert: Parts) -> None:
@@ -119,25 +122,26 @@ def test_batches_hold_padded_targets(bert: Parts) -> None:
 
 
 def weights_after(kind: str, folder: Path, micro_batch: int, accumulation: int) -> tuple[dict, dict[str, float]]:
-    parts = Parts(kind, folder / f"model{micro_batch}")
+    parts = Parts(kind)
     trainer = trainer_of(
-        parts, folder / f"run{micro_batch}", w=0.4, max_steps=1, optim="sgd", learning_rate=0.5,
+        parts, folder, w=0.4, max_steps=1, optim="sgd", learning_rate=0.5,
         per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulation,
     )
     trainer.train()
-    return {name: value.clone() for name, value in parts.model.state_dict().items()}, trainer.state.log_history[0]
+    return parts.model.state_dict(), trainer.state.log_history[0]
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_accumulated_gradients_equal_those_of_the_full_batch(kind: str, tmp_path: Path) -> None:
-    parts = Parts(kind, tmp_path / "reference")
+    parts = Parts(kind)
     losses = losses_of(parts, w=0.4)
     losses.total.backward()
-    expected = {name: value - 0.5 * value.grad for name, value in parts.model.named_parameters() if value.grad is not None}
+    trained = {name: value for name, value in parts.model.named_parameters() if value.grad is not None}
+    expected = {name: (value - 0.5 * value.grad).detach() for name, value in trained.items()}
     for micro_batch, accumulation in ((6, 1), (2, 3), (1, 6)):
         weights, logged = weights_after(kind, tmp_path, micro_batch, accumulation)
         for name, value in expected.items():
-            torch.testing.assert_close(weights[name], value.detach(), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
         assert logged["loss"] == pytest.approx(losses.total.item(), rel=1e-4)
         assert logged["local_loss"] == pytest.approx(losses.local_loss.item(), rel=1e-4)
         assert logged["global_loss"] == pytest.approx(losses.global_loss.item(), rel=1e-4)
@@ -157,8 +161,8 @@ def test_logged_parts_are_means_over_the_steps_since_the_last_log(bert: Parts, t
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "longformer", "llama"])
 def test_a_small_labelled_set_is_learned_by_heart(kind: str, tmp_path: Path) -> None:
-    parts = Parts(kind, tmp_path / "model", bidirectional=kind == "llama")
-    trainer = trainer_of(parts, tmp_path / "run", max_steps=60, learning_rate=2e-2, eval_strategy="no")
+    parts = Parts(kind, bidirectional=kind == "llama")
+    trainer = trainer_of(parts, tmp_path, max_steps=40, learning_rate=2e-2, logging_steps=40)
     before = trainer.evaluate()
     trainer.train()
     metrics = trainer.final_metrics()
@@ -166,28 +170,25 @@ def test_a_small_labelled_set_is_learned_by_heart(kind: str, tmp_path: Path) -> 
     assert metrics["loss"] < 0.1 * before["eval_loss"]
     assert metrics["token_auc"] == metrics["word_auc"] == 1.0
     assert metrics["token_accuracy"] == metrics["word_accuracy"] == metrics["word_accuracy_1"] == 1.0
-    assert metrics["sentence_mse"] < 0.02
+    assert metrics["sentence_mse"] < 0.3 * before["eval_sentence_mse"]
     assert metrics["sentence_spearman"] > 0.8
-    scores = TokenRewardModel(parts.model, parts.encoder).score([item_history() for _ in RESPONSES], RESPONSES)
+    history = sample_item(sample(0, "dev", "")).history
+    scores = TokenRewardModel(parts.model, parts.encoder).score([history for _ in RESPONSES], RESPONSES)
     for response, words in zip(RESPONSES, scores.words, strict=True):
         assert [round(score) for score in words] == [WORD_SCORES.get(word.text, 0) for word in split_words(response)]
-
-
-def item_history() -> tuple:
-    return HISTORY
 
 
 def test_a_resumed_run_draws_the_same_class_masks(tmp_path: Path) -> None:
     settings = {"num_train_epochs": 3, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 4,
                 "learning_rate": 1e-2}  # fmt: skip
-    whole = Parts("bert", tmp_path / "whole")
+    whole = Parts("bert")
     trainer_of(whole, tmp_path / "run", keep_ratios=(0.5, 0.8, 0.9), **settings).train()
-    resumed = Parts("bert", tmp_path / "resumed")
+    resumed = Parts("bert")
     trainer = trainer_of(resumed, tmp_path / "run", keep_ratios=(0.5, 0.8, 0.9), **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=0, atol=0)
-    unmasked = Parts("bert", tmp_path / "unmasked")
+    unmasked = Parts("bert")
     trainer_of(unmasked, tmp_path / "other", **settings).train()
     assert not torch.equal(unmasked.model.classifier.weight, whole.model.classifier.weight)
 

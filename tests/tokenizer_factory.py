@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind that the alignment claims to follow, trained on a few invented lines."""
+"""Small tokenizers of every kind that the alignment claims to follow, made from a few invented lines."""
 
 from __future__ import annotations
 
@@ -68,12 +68,15 @@ def sentencepiece_bpe() -> PreTrainedTokenizerFast:
 @cache
 def unigram() -> PreTrainedTokenizerFast:
     """XLM-R style: Unigram pieces behind a Metaspace."""
-    backend = Tokenizer(models.Unigram())
+    # Written down, not trained: the library's Unigram and WordPiece trainers break ties differently in every process.
+    pieces = ["▁", "▁best", "▁run", "ning", "▁shoes", "sho", "es", "▁re", "ci", "▁北京", "ルイ", "▁a", "ll"]
+    characters = sorted(set("".join(CORPUS)) - {" "})
+    vocabulary = [(mark, 0.0) for mark in SPECIAL] + [(piece, -4.0) for piece in pieces]
+    vocabulary += [(character, -8.0) for character in characters]
+    backend = Tokenizer(models.Unigram(vocabulary, unk_id=SPECIAL.index("<unk>"), byte_fallback=False))
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=250, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
-    backend.train_from_iterator(CORPUS, trainer)
     marks = [("<s>", SPECIAL.index("<s>")), ("</s>", SPECIAL.index("</s>"))]
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=marks
@@ -85,12 +88,16 @@ def unigram() -> PreTrainedTokenizerFast:
 def word_piece() -> PreTrainedTokenizerFast:
     """BERT style: lower-cased, accents stripped, `##` inside a word."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words = ["best", "running", "shoes", "boots", "feet", "near", "me", "cafe", "home", "suede", "flat", "for", "at"]
+    parts = ["recip", "rout", "##ers", "##ning", "##es", "sh", "clean", "cheap", "searched", "clicked"]
+    characters = sorted(set(normalizers.BertNormalizer(lowercase=True).normalize_str("".join(CORPUS))) - {" ", "\n"})
+    vocabulary = [*special, *words, *parts, *characters, *(f"##{character}" for character in characters)]
+    backend = Tokenizer(
+        models.WordPiece({piece: id_ for id_, piece in enumerate(vocabulary)}, unk_token="[UNK]")
+    )
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
-    trainer = trainers.WordPieceTrainer(vocab_size=220, special_tokens=special, show_progress=False)
-    backend.train_from_iterator(CORPUS, trainer)
     marks = [(mark, special.index(mark)) for mark in ("[CLS]", "[SEP]")]
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=marks

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoModelForTokenClassification,
     BertConfig,
     BertForTokenClassification,
     GPT2Config,
@@ -61,6 +62,21 @@ def tiny(kind: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**settings)), tokenizer
     return MistralForCausalLM(MistralConfig(sliding_window=8, **settings)), tokenizer
+
+
+def tiny_classifier(kind: str, bidirectional: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A token classifier of a family with our classes and without dropout; the same weights every time."""
+    model, tokenizer = tiny(kind)
+    config = model.config
+    config.num_labels = 3
+    if bidirectional:
+        config.is_causal = False
+    torch.manual_seed(1)
+    classifier = AutoModelForTokenClassification.from_config(config, attn_implementation="eager")
+    for module in classifier.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return classifier, tokenizer
 
 
 def save_tiny(kind: str, folder: Path) -> str:
