@@ -82,7 +82,9 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None) -> C
     known = [field.name for field in dataclasses.fields(config_class)]
     if not {"-h", "--help"} & set(argv):
         argv = _yaml_tokens(argv, known) + argv
-    (config, _) = parser.parse_args_into_dataclasses(args=argv)
+    config, _, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown argument: {' '.join(unknown)}")
     return config
 
 

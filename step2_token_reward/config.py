@@ -36,14 +36,15 @@ class Step2Config(ZeroOptions, ModelOptions, RunOptions):
     max_prompt_tokens: int = option(512, "Token budget of a history; the oldest events are left out.")
     max_response_tokens: int = option(96, "Token budget of a response in this tokenizer; longer ones are cut off.")
     w: float = option(0.5, "Weight of the local (token) loss; the global (sentence) loss has 1 - w (paper: 0.4-0.6).")
-    class_weights: list[float] = option(
+    class_weights: list[float] = option(  # noqa: RUF009 - makes a list anew for every config
         [], f"Weights of the local loss, {_CLASSES}; none: inverse class frequency of the training tokens."
     )
-    class_keep_ratios: list[float] = option(
+    class_keep_ratios: list[float] = option(  # noqa: RUF009 - makes a list anew for every config
         [], f"Class mask: chance of a token to stay in the local loss, {_CLASSES}; none: all stay."
     )
     learning_rate: float = option(3e-5, "Peak learning rate of AdamW.")
     num_train_epochs: float = option(2.0, "Passes over the labelled responses (paper: 2).")
+    max_steps: int = option(0, "Stop after this many optimiser steps; 0 makes the passes above.")
     per_device_train_batch_size: int = option(8, "Responses a rank and a micro-batch.")
     per_device_eval_batch_size: int = option(16, "Responses a rank in evaluation.")
     gradient_accumulation_steps: int = option(1, "Micro-batches an optimiser step.")
@@ -78,6 +79,8 @@ def check_config(config: Step2Config) -> None:
     ):  # fmt: skip
         if getattr(config, name) <= 0:
             raise InputError(f"--{name} must be above 0, not {getattr(config, name)}")
+    if config.max_steps < 0:
+        raise InputError(f"--max_steps must be 0 (no limit) or more, not {config.max_steps}")
     if config.save_total_limit < 2:
         raise InputError("--save_total_limit must be 2 or more: a kill during a save would leave no checkpoint")
     if not 0 <= config.warmup_ratio < 1:
@@ -103,6 +106,7 @@ def training_arguments(config: Step2Config) -> TrainingArguments:
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch",
         num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps or -1,
         per_device_train_batch_size=config.per_device_train_batch_size,
         per_device_eval_batch_size=config.per_device_eval_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,

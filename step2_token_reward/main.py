@@ -1,9 +1,9 @@
 """Step 2: train the token-level reward model.
 
     deepspeed --num_gpus 8 step2_token_reward/main.py --config step2_token_reward/configs/longformer.yaml \\
-        --samples outputs/my_run/step2_token_reward/samples.jsonl \\
+        --samples outputs/my_run/step2_token_reward/samples/samples.jsonl \\
         --labels outputs/my_run/step2_token_reward/labels.jsonl \\
-        --model_name_or_path ... --output_dir outputs/my_run/step2_token_reward/training
+        --model_name_or_path ... --output_dir outputs/my_run/step2_token_reward/reward
 """
 
 from __future__ import annotations

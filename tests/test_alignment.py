@@ -272,7 +272,8 @@ def test_scores_cross_from_any_tokenizer_to_any_other(
     received = copy_word_scores(words, pooled, actor_spans)
 
     overlaps = [
-        [i for i, word in enumerate(words) if min(word.end, end) > max(word.start, start)] for start, end in reward_spans
+        [i for i, word in enumerate(words) if min(word.end, end) > max(word.start, start)]
+        for start, end in reward_spans
     ]
     for index, score in enumerate(scores):
         sharing = [others for others in overlaps if index in others]

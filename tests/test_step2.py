@@ -74,11 +74,7 @@ def losses_of(parts: Parts, w: float) -> Any:
     ("kind", "tokens", "labels"),
     [
         ("bert", ["recip", "##e", ",", "boots", "near", "w", "##i", "-", "f", "##i"], [0, 0, X, 2, 1, 0, 0, 0, 0, 0]),
-        (
-            "llama",
-            ["▁recipe,", "▁bo", "ot", "s", "▁near", "<0x0A>", "w", "i-fi"],
-            [0, 2, 2, 2, 1, X, 0, 0],
-        ),
+        ("llama", ["▁recipe,", "▁boots", "▁near", "<0x0A>", "w", "i", "<0x2D>", "f", "i"], [0, 2, 1, X, 0, 0, 0, 0, 0]),
     ],
 )
 def test_tokens_carry_their_words_labels_and_queries(kind: str, tokens: list[str], labels: list[int]) -> None:
@@ -162,7 +158,7 @@ def test_logged_parts_are_means_over_the_steps_since_the_last_log(bert: Parts, t
 @pytest.mark.parametrize("kind", ["bert", "roberta", "longformer", "llama"])
 def test_a_small_labelled_set_is_learned_by_heart(kind: str, tmp_path: Path) -> None:
     parts = Parts(kind, bidirectional=kind == "llama")
-    trainer = trainer_of(parts, tmp_path, max_steps=40, learning_rate=2e-2, logging_steps=40)
+    trainer = trainer_of(parts, tmp_path, max_steps=60, learning_rate=2e-2, logging_steps=60)
     before = trainer.evaluate()
     trainer.train()
     metrics = trainer.final_metrics()

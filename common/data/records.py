@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -150,7 +150,7 @@ def parse_time(value: Any) -> float | None:
             moment = datetime.fromisoformat(value)
         except ValueError:
             raise ValueError(f"time {value!r} is neither a number nor ISO 8601") from None
-        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"time {value!r} is neither a finite number nor ISO 8601")
     return float(value)

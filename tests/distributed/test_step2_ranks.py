@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from common.models.reward_encoder import RewardEncoder, load_reward_tokenizer
+from common.models.token_reward import load_token_reward_model, load_token_reward_scorer
+from common.tracking import read_metrics
+from step2_token_reward.dataset import build_data
+from tests.distributed.ranks import run_on_ranks
+from tests.labelled_samples import RESPONSES, labelled, write_files
+from tests.models.reward_fixtures import EAGER, HISTORY, INPUTS, save_tiny
+from tests.test_step2 import Parts, trainer_of
+
+pytestmark = pytest.mark.distributed
+
+
+def train(rank: int, world_size: int, flags: list[str]) -> None:
+    """Step 2's own command on this rank."""
+    from step2_token_reward.main import main
+
+    sys.argv = ["main.py", *flags]
+    try:
+        main()
+    finally:
+        unset_hf_deepspeed_config()
+        gc.collect()
+
+
+def flags_for(folder: Path, model: str, samples: str, labels: str, *more: str) -> list[str]:
+    return [
+        "--model_name_or_path", model, "--samples", samples, "--labels", labels, "--output_dir", str(folder),
+        "--prompt_template", "compact", "--max_prompt_tokens", "64", "--max_response_tokens", "48",
+        "--attn_implementation", "eager", "--class_weights", "0.5", "1.0", "1.5", "--w", "0.4",
+        "--lr_scheduler_type", "constant_with_warmup", "--warmup_ratio", "0", "--max_grad_norm", "0.1",
+        "--learning_rate", "1e-2", "--logging_steps", "1", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "bidirectional"), [(3, True), (1, False)])
+def test_two_ranks_with_accumulation_train_as_one_process_does(
+    tmp_path: Path, stage: int, bidirectional: bool
+) -> None:
+    """2 ranks x 3 micro-batches of one response against one batch of six, AdamW, two steps, then held-out metrics."""
+    model = save_tiny("llama", tmp_path / "base")
+    start = load_token_reward_model(model, EAGER, bidirectional)
+    start.config.classifier_dropout = 0.0
+    start.save_pretrained(model)  # the head too: both runs start from the same weights
+    rows = labelled("train", RESPONSES) + labelled("dev", RESPONSES[:5])
+    samples, labels = write_files(tmp_path, rows)
+    more = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "3", "--max_steps", "2",
+            "--per_device_eval_batch_size", "2", "--zero_stage", str(stage)]  # fmt: skip
+    run_on_ranks(train, 2, flags_for(tmp_path / "run", model, samples, labels, *more))
+
+    parts = Parts.__new__(Parts)
+    parts.model = load_token_reward_model(model, EAGER)
+    parts.encoder = RewardEncoder(load_reward_tokenizer(model), INPUTS, parts.model)
+    parts.data = build_data(rows, parts.encoder)
+    single = trainer_of(parts, tmp_path / "single", w=0.4, max_steps=2, learning_rate=1e-2, max_grad_norm=0.1)
+    single.train()
+
+    logged = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    expected = [row for row in single.state.log_history if "loss" in row]
+    assert len(logged) == len(expected) == 2
+    for ours, theirs in zip(logged, expected, strict=True):
+        for name in ("loss", "local_loss", "global_loss", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics == pytest.approx(single.final_metrics(), rel=1e-3)
+    scorer = load_token_reward_scorer(str(tmp_path / "run" / "model"), EAGER)
+    for name, value in parts.model.state_dict().items():
+        torch.testing.assert_close(scorer.module.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    assert scorer.score_words([HISTORY], RESPONSES[:1])
+    saved = json.loads((tmp_path / "run" / "model" / "token_reward.json").read_text())
+    assert saved["metrics"] == metrics
+    assert (saved["w"], saved["class_weights"], saved["bidirectional"]) == (0.4, [0.5, 1.0, 1.5], bidirectional)
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    model = save_tiny("bert", tmp_path / "base")
+    load_token_reward_model(model, EAGER).save_pretrained(model)
+    samples, labels = write_files(tmp_path, labelled("train", RESPONSES) + labelled("dev", RESPONSES[:2]))
+    more = ["--per_device_train_batch_size", "1", "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2",
+            "--class_keep_ratios", "0.5", "0.9", "1"]  # fmt: skip
+    whole = flags_for(tmp_path / "whole", model, samples, labels, *more)
+    run_on_ranks(train, 2, whole)
+    first = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    (tmp_path / "whole" / "checkpoints" / "checkpoint-4" / "complete").unlink()  # as if killed while it was written
+    run_on_ranks(train, 2, [*whole, "--resume"])
+    again = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    names = ("step", "loss", "local_loss", "global_loss", "grad_norm", "eval_loss", "eval_local_loss")
+    for ours, theirs in zip(again, first, strict=True):
+        for name in set(names) & set(theirs):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (theirs["step"], name)

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from common.config import parse_config
+from common.errors import InputError
+from step3_tppo.config import Step3Config
+
+GOOD = Step3Config(
+    output_dir="o", actor_path="a", reward_path="r", data_dir="d", rollout_batch_size=32, mini_batch_size=16,
+    micro_batch_size=4,
+)
+
+
+def test_good_settings_and_their_accumulation_steps() -> None:
+    GOOD.validate(world_size=2)
+    assert GOOD.accumulation_steps(2) == 2
+    assert GOOD.accumulation_steps(1) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "world_size", "message"),
+    [
+        ({"actor_path": ""}, 2, "--actor_path is missing"),
+        ({"rollout_batch_size": 33}, 2, "rollout_batch_size is 33, which the number of ranks (2)"),
+        ({"mini_batch_size": 12}, 2, "mini_batch_size is 12, which micro_batch_size x the number of ranks (8)"),
+        ({"mini_batch_size": 24}, 2, "rollout_batch_size x samples_per_prompt is 32, which mini_batch_size (24)"),
+        ({"temperature": 0.0}, 2, "--temperature must be positive"),
+        ({}, 3, "the number of ranks (3) does not divide"),
+    ],
+)
+def test_settings_that_cannot_work(change: dict, world_size: int, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        replace(GOOD, **change).validate(world_size)
+    assert message in str(error.value)
+
+
+def test_shipped_configs_are_read_and_valid() -> None:
+    for name, ranks in (("tiny", 2), ("llama_8gpu", 8), ("llama_lora", 1)):
+        config = parse_config(Step3Config, ["--config", f"step3_tppo/configs/{name}.yaml"])
+        replace(config, output_dir="o", actor_path="a", reward_path="r", data_dir="d").validate(ranks)

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.errors import InputError
+from common.files import RUN_CONFIG_NAME, atomic_write, claim_output_dir, digest, read_jsonl, write_json, write_jsonl
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(KeyError), atomic_write(path) as stream:
+        stream.write("new")
+        raise KeyError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_jsonl_round_trip_and_line_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert write_jsonl(path, [{"a": "é\u2028"}, {"b": 1}]) == 2
+    assert list(read_jsonl(path)) == [(1, {"a": "é\u2028"}), (2, {"b": 1})]
+    path.write_text('{"a": 1}\n\n[1]\n')
+    with pytest.raises(InputError, match=r"rows.jsonl:3: expected a JSON object, found list"):
+        list(read_jsonl(path))
+    path.write_bytes(b'{"a": "\xff"}\n')
+    with pytest.raises(InputError, match=r"rows.jsonl:1: not UTF-8"):
+        list(read_jsonl(path))
+    with pytest.raises(InputError, match="no such file"):
+        list(read_jsonl(tmp_path / "none.jsonl"))
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_digest_tells_parts_apart() -> None:
+    assert digest("ab", "c") != digest("a", "bc")
+    assert digest("ab", "c") == digest("ab", "c")
+    assert len(digest("x")) == 16
+
+
+def claim(path: Path, config: dict, resume: bool = False, overwrite: bool = False) -> Path:
+    return claim_output_dir(path, config, resume=resume, overwrite=overwrite, may_differ=frozenset({"steps"}))
+
+
+def test_folder_of_another_run_is_refused_resumed_or_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    claim(folder, {"lr": 1, "steps": 5})
+    (folder / "checkpoint").write_text("x")
+    with pytest.raises(InputError, match="--resume to go on with it, --overwrite to replace it"):
+        claim(folder, {"lr": 1, "steps": 5})
+    claim(folder, {"lr": 1, "steps": 9}, resume=True)
+    assert (folder / "checkpoint").exists()
+    with pytest.raises(InputError, match="lr: was 1, now 2"):
+        claim(folder, {"lr": 2, "steps": 5}, resume=True)
+    claim(folder, {"lr": 2, "steps": 5}, overwrite=True)
+    assert not (folder / "checkpoint").exists()
+    assert json.loads((folder / RUN_CONFIG_NAME).read_text()) == {"lr": 2, "steps": 5}
+    with pytest.raises(InputError, match="contradict"):
+        claim(folder, {}, resume=True, overwrite=True)
+
+
+def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(InputError, match="not the output of a run"):
+            claim(tmp_path, {}, **flags)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
