@@ -88,5 +88,7 @@ def _is_punctuation(char: str) -> bool:
 
 def _is_cjk(char: str) -> bool:
     code = ord(char)
+    if code < _CJK_RANGES[0][0]:
+        return False
     # The Katakana block holds punctuation too (the middle dot between two names).
     return any(low <= code <= high for low, high in _CJK_RANGES) and not _is_punctuation(char)

@@ -47,6 +47,11 @@ class LabelledResponse:
         """Token labels, `IGNORE_LABEL` outside the valid zone (T)."""
         return token_labels(self.encoded.words, self.word_labels, self.encoded.spans)
 
+    @property
+    def has_words(self) -> bool:
+        """Whether any token is in the valid zone."""
+        return any(line != NO_LINE for line in query_index(self.encoded))
+
     def row(self, place: int) -> Row:
         """This response as a row of a data set."""
         return {
@@ -83,7 +88,7 @@ def build_data(labelled: Iterable[tuple[dict[str, Any], Annotation]], encoder: R
     without_words = cut = 0
     for sample, item in _encode(labelled, encoder):
         cut += item.encoded.dropped_tokens > 0
-        if all(label == IGNORE_LABEL for label in item.labels):
+        if not item.has_words:
             without_words += 1
         elif sample["split"] == "train":
             train.append(item.row(len(train)))

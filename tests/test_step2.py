@@ -7,52 +7,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import TrainingArguments
 
 from common.alignment import IGNORE_LABEL, NO_LINE
 from common.config import parse_config
 from common.errors import InputError, TrainingDiverged
 from common.feedback.labels import sample_item
-from common.models.reward_encoder import RewardEncoder
 from common.models.reward_losses import expected_score, token_reward_loss
 from common.models.token_reward import TokenRewardModel
 from common.text import split_words
 from step2_token_reward.config import Step2Config, check_config
 from step2_token_reward.dataset import RewardCollator, RewardData, build_data
 from step2_token_reward.evaluation import METRIC_NAMES, held_out_metrics
-from step2_token_reward.trainer import RewardTrainer
 from tests.labelled_samples import RESPONSES, WORD_SCORES, annotate, labelled, sample
-from tests.models.reward_fixtures import INPUTS, tiny_classifier
+from tests.reward_training import CLASS_WEIGHTS, Parts, tiny_parts, trainer_of
 
-WEIGHTS = [0.5, 1.0, 1.5]
 X = IGNORE_LABEL
-
-
-class Parts:
-    """A tiny model without dropout and the labelled responses in its tokens; the same weights every time."""
-
-    def __init__(self, kind: str, bidirectional: bool = False) -> None:
-        self.model, tokenizer = tiny_classifier(kind, bidirectional)
-        self.encoder = RewardEncoder(tokenizer, INPUTS, self.model)
-        self.data = build_data(labelled("train", RESPONSES) + labelled("dev", RESPONSES), self.encoder)
 
 
 @pytest.fixture
 def bert() -> Parts:
-    return Parts("bert")
-
-
-def trainer_of(parts: Parts, folder: Path, w: float = 0.5, keep_ratios: tuple[float, ...] = (), **settings: Any):
-    arguments = {
-        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "remove_unused_columns": False,
-        "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": 6, "max_grad_norm": 0.0, "logging_nan_inf_filter": False, "seed": 3,
-    }  # fmt: skip
-    return RewardTrainer(
-        model=parts.model, args=TrainingArguments(**arguments | settings), train_dataset=parts.data.train,
-        held_out=parts.data.held_out, data_collator=RewardCollator(parts.encoder), w=w, class_weights=WEIGHTS,
-        class_keep_ratios=keep_ratios,
-    )  # fmt: skip
+    return tiny_parts("bert")
 
 
 def whole_batch(parts: Parts) -> dict[str, torch.Tensor]:
@@ -64,7 +38,7 @@ def losses_of(parts: Parts, w: float) -> Any:
     targets = [batch.pop(name) for name in ("labels", "query_index", "query_scores")]
     batch.pop("row")
     logits = parts.model(**batch).logits
-    return token_reward_loss(logits, *targets, torch.tensor(WEIGHTS), w)
+    return token_reward_loss(logits, *targets, torch.tensor(CLASS_WEIGHTS), w)
 
 
 # Data.
@@ -78,7 +52,7 @@ def losses_of(parts: Parts, w: float) -> Any:
     ],
 )
 def test_tokens_carry_their_words_labels_and_queries(kind: str, tokens: list[str], labels: list[int]) -> None:
-    encoder = Parts(kind).encoder
+    encoder = tiny_parts(kind).encoder
     row = build_data(labelled("train", ["recipe, boots near\nwi-fi"]) + labelled("dev", ["a"]), encoder).train[0]
     place = np.flatnonzero(row["tokens"].in_response)
     assert encoder.tokenizer.convert_ids_to_tokens(row["input_ids"][place].tolist()) == tokens
@@ -118,7 +92,7 @@ def test_batches_hold_padded_targets(bert: Parts) -> None:
 
 
 def weights_after(kind: str, folder: Path, micro_batch: int, accumulation: int) -> tuple[dict, dict[str, float]]:
-    parts = Parts(kind)
+    parts = tiny_parts(kind)
     trainer = trainer_of(
         parts, folder, w=0.4, max_steps=1, optim="sgd", learning_rate=0.5,
         per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulation,
@@ -129,7 +103,7 @@ def weights_after(kind: str, folder: Path, micro_batch: int, accumulation: int) 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_accumulated_gradients_equal_those_of_the_full_batch(kind: str, tmp_path: Path) -> None:
-    parts = Parts(kind)
+    parts = tiny_parts(kind)
     losses = losses_of(parts, w=0.4)
     losses.total.backward()
     trained = {name: value for name, value in parts.model.named_parameters() if value.grad is not None}
@@ -157,7 +131,7 @@ def test_logged_parts_are_means_over_the_steps_since_the_last_log(bert: Parts, t
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "longformer", "llama"])
 def test_a_small_labelled_set_is_learned_by_heart(kind: str, tmp_path: Path) -> None:
-    parts = Parts(kind, bidirectional=kind == "llama")
+    parts = tiny_parts(kind, bidirectional=kind == "llama")
     trainer = trainer_of(parts, tmp_path, max_steps=60, learning_rate=2e-2, logging_steps=60)
     before = trainer.evaluate()
     trainer.train()
@@ -177,14 +151,14 @@ def test_a_small_labelled_set_is_learned_by_heart(kind: str, tmp_path: Path) -> 
 def test_a_resumed_run_draws_the_same_class_masks(tmp_path: Path) -> None:
     settings = {"num_train_epochs": 3, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 4,
                 "learning_rate": 1e-2}  # fmt: skip
-    whole = Parts("bert")
+    whole = tiny_parts("bert")
     trainer_of(whole, tmp_path / "run", keep_ratios=(0.5, 0.8, 0.9), **settings).train()
-    resumed = Parts("bert")
+    resumed = tiny_parts("bert")
     trainer = trainer_of(resumed, tmp_path / "run", keep_ratios=(0.5, 0.8, 0.9), **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=0, atol=0)
-    unmasked = Parts("bert")
+    unmasked = tiny_parts("bert")
     trainer_of(unmasked, tmp_path / "other", **settings).train()
     assert not torch.equal(unmasked.model.classifier.weight, whole.model.classifier.weight)
 
@@ -219,7 +193,7 @@ def logits_for(data: RewardData, wrong_token: int | None = None) -> list[torch.T
 
 def test_perfect_logits_have_perfect_metrics(bert: Parts) -> None:
     metrics = held_out_metrics(
-        zip(logits_for(bert.data), bert.data.held_out, strict=True), torch.tensor(WEIGHTS), w=1.0
+        zip(logits_for(bert.data), bert.data.held_out, strict=True), torch.tensor(CLASS_WEIGHTS), w=1.0
     )
     for level in ("token", "word"):
         assert all(metrics[f"{level}_{name}"] == 1.0 for name in ("auc", "accuracy", "accuracy_0", "accuracy_2"))
@@ -229,7 +203,7 @@ def test_perfect_logits_have_perfect_metrics(bert: Parts) -> None:
 def test_one_wrong_token_counts_as_one(bert: Parts) -> None:
     """The second token of "best running shoes" is a word of its own: label 2, said to be 0."""
     metrics = held_out_metrics(
-        zip(logits_for(bert.data, wrong_token=1), bert.data.held_out, strict=True), torch.tensor(WEIGHTS), w=0.5
+        zip(logits_for(bert.data, wrong_token=1), bert.data.held_out, strict=True), torch.tensor(CLASS_WEIGHTS), w=0.5
     )
     labels = [label for item in bert.data.held_out for label in item.labels if label != IGNORE_LABEL]
     words = [label for item in bert.data.held_out for label in item.word_labels]
@@ -237,8 +211,8 @@ def test_one_wrong_token_counts_as_one(bert: Parts) -> None:
     assert metrics["token_accuracy_2"] == pytest.approx(1 - 1 / labels.count(2))
     assert metrics["word_accuracy"] == pytest.approx(1 - 1 / len(words))
     assert metrics["word_accuracy_0"] == metrics["word_accuracy_1"] == 1.0
-    counted = sum(WEIGHTS[label] for label in labels)
-    assert metrics["local_loss"] == pytest.approx(20 * WEIGHTS[2] / counted, rel=1e-4)
+    counted = sum(CLASS_WEIGHTS[label] for label in labels)
+    assert metrics["local_loss"] == pytest.approx(20 * CLASS_WEIGHTS[2] / counted, rel=1e-4)
 
 
 def test_a_word_of_two_tokens_is_judged_by_their_mean(bert: Parts) -> None:
@@ -248,7 +222,7 @@ def test_a_word_of_two_tokens_is_judged_by_their_mean(bert: Parts) -> None:
     logits = torch.zeros(len(item.labels), 3)
     logits[first] = torch.tensor([0.5, 0.2, 0.3]).log()
     logits[second] = torch.tensor([0.1, 0.8, 0.1]).log()
-    metrics = held_out_metrics([(logits, item)], torch.tensor(WEIGHTS), w=0.5)
+    metrics = held_out_metrics([(logits, item)], torch.tensor(CLASS_WEIGHTS), w=0.5)
     assert metrics["token_accuracy"] == 0.5
     assert metrics["word_accuracy"] == 1.0  # five characters of six: 0.433 against 0.3 and 0.267
     expected = expected_score(logits)[[first, second]].mean().item() / 2
@@ -261,8 +235,8 @@ def test_a_word_of_two_tokens_is_judged_by_their_mean(bert: Parts) -> None:
 
 
 def test_undefined_measures_are_not_logged_and_null_in_the_end(bert: Parts, tmp_path: Path) -> None:
-    bert.data = build_data(labelled("train", RESPONSES) + labelled("dev", ["recipe"]), bert.encoder)
-    trainer = trainer_of(bert, tmp_path)
+    data = build_data(labelled("train", RESPONSES) + labelled("dev", ["recipe"]), bert.encoder)
+    trainer = trainer_of(bert._replace(data=data), tmp_path)
     metrics = trainer.evaluate()
     assert "eval_token_auc" not in metrics
     assert all(math.isfinite(value) for value in metrics.values())

@@ -5,9 +5,10 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 PARTS = [
-    "best", "running", "shoes", "café", "cafe\u0301", "naïve", "北京", "天", "烤鸭", "東京・ビール", "🙂", "👩‍👩‍👧", "👍🏽",
-    "🇫🇷", "wi-fi", "don't", "...", "!", ",", "“q”", "\u0301", "\u200d", "\ufeff", "Ελληνικά", "поиск", "עברית", "हिन्दी", "ﬁ",
-    "Ａ", "½", "unseenword", "addedword", "<0x41>", "▁", "##ing", "\ufffd",
+    "best", "running", "shoes", "café", "cafe\u0301", "naïve", "北京", "天", "烤鸭", "東京・ビール",
+    "🙂", "👩\u200d👩\u200d👧", "👍🏽", "🇫🇷", "\u0301", "\u200d", "\ufeff", "\ufffd",
+    "wi-fi", "don't", "...", "!", ",", "“q”", "Ελληνικά", "поиск", "עברית", "हिन्दी", "ﬁ", "Ａ", "½",
+    "unseenword", "addedword", "<0x41>", "▁", "##ing",
 ]  # fmt: skip
 SPACES = [" ", "  ", "\n", "\n\n", "\t", "\u00a0", "\u3000", ""]
 

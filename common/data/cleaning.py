@@ -137,7 +137,7 @@ class Cleaner:
             name: lambda event, keep=keep: event.query is None or keep(event.query) for name, keep in rules.items()
         }
         if options.pii_filter:
-            event_rules["pii_filter"] = lambda event: not has_private_data(f"{event.query or ''}\n{event.title or ''}")
+            event_rules["pii_filter"] = lambda event: not has_private_data(f"{event.query or ''}|{event.title or ''}")
         return event_rules
 
     def _is_adult(self, query: str) -> bool:

@@ -181,7 +181,8 @@ class HashSample:
 def load_examples(data_dir: str | Path, split: str) -> list[Example]:
     """The examples of one split of a prepared data folder.
 
-    Raises `InputError` for a missing or empty file and, with file and line, for a row that is no example.
+    An empty split is an empty list. Raises `InputError` for a missing file and, with file and line, for a row that
+    is no example.
     """
     if split not in SPLITS:
         raise InputError(f"split {split!r} is none of {', '.join(SPLITS)}")

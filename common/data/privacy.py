@@ -35,16 +35,15 @@ def has_private_data(text: str) -> bool:
 
 
 def mask_url(url: str) -> str:
-    """`url` with private data replaced by `*`; a URL without any is returned as it is.
+    """`url`, percent escapes decoded, with private data replaced by `*`; a URL without any is returned as it is.
 
     Page numbers look like private numbers, so a URL is masked where a query is dropped.
     """
-    text = unicodedata.normalize("NFKC", unquote(url))
-    if not _PRIVATE.search(text):
+    readable = unquote(url)
+    if not has_private_data(url) and not has_private_data(readable):
         return url
-    while _PRIVATE.search(text):  # what a match has covered may leave another one behind
-        text = _PRIVATE.sub(MASK, text)
-    return "+".join(text.split())
+    masked = _PRIVATE.sub(MASK, unicodedata.normalize("NFKC", readable))
+    return ",".join(masked.split())  # a plus could begin a mail address
 
 
 def frequent_queries(records: Iterable[Record], min_users: int) -> frozenset[str]:

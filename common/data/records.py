@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -151,7 +151,7 @@ def parse_time(value: Any) -> float | None:
         except ValueError:
             raise ValueError(f"time {value!r} is neither a number nor ISO 8601") from None
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"time {value!r} is neither a finite number nor ISO 8601")
     return float(value)
 

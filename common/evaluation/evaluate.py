@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
@@ -27,12 +28,12 @@ from common.data.records import SPLITS, Example
 from common.errors import InputError, run_command
 from common.evaluation.generate import generate_rows, load_generator
 from common.evaluation.report import render_markdown, render_terminal
+from common.evaluation.statistics import estimate_means
 from common.evaluation.summary import (
     Row,
     compare,
     find_warnings,
     gold_rows,
-    interval_maker,
     measure_table,
     score_rows,
     summarise,
@@ -131,7 +132,7 @@ def build_report(
     """
     main_decoding, *beside = decodings_of(config)
     users = [example.user_id for example in examples]
-    interval = interval_maker(config.resamples, config.seed)
+    interval = partial(estimate_means, resamples=config.resamples, seed=config.seed)
     k = config.num_queries
     tables = {
         name: {decoding: measure_table(examples, of_decoding, k) for decoding, of_decoding in of_system.items()}

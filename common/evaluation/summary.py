@@ -13,7 +13,7 @@ import numpy as np
 
 from common.data.records import Example
 from common.evaluation import metrics
-from common.evaluation.statistics import Estimate, estimate_means, paired_outcomes
+from common.evaluation.statistics import Estimate, paired_outcomes
 from common.feedback.annotator import Annotator, FeedbackItem, check_annotation
 from common.text import split_queries
 
@@ -27,12 +27,8 @@ MARKED_CHANGE = 0.05
 
 Row = dict[str, Any]
 Metrics = dict[str, dict[str, Any]]
+# `statistics.estimate_means` with the resamples and the seed of one report.
 Interval = Callable[[np.ndarray, Sequence[str]], list[Estimate]]
-
-
-def interval_maker(resamples: int, seed: int) -> Interval:
-    """`estimate_means` with the settings of one report."""
-    return lambda values, users: estimate_means(values, users, resamples, seed)
 
 
 def score_rows(examples: Sequence[Example], rows: Sequence[Row], annotator: Annotator) -> list[Row]:

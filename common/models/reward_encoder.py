@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,6 +82,8 @@ class RewardEncoder:
         self._prompts = PromptBuilder(
             tokenizer, options.prompt_template, options.max_prompt_tokens - line_break, options.num_queries
         )
+        # The responses to one history come together, and step 3 meets a history again in each epoch.
+        self._prompt = lru_cache(maxsize=4096)(self._render)
         self._has_segments = accepts(model, "token_type_ids") and getattr(model.config, "type_vocab_size", 0) > 1
         self._has_global_attention = accepts(model, "global_attention_mask")
 
@@ -89,9 +92,9 @@ class RewardEncoder:
 
         Raises `InputError` when not even the newest event fits.
         """
-        prompt = self._prompts.text(history)
-        prompt = prompt if prompt.endswith("\n") else prompt + "\n"
-        encoding = self.tokenizer(prompt, response, return_offsets_mapping=True, return_token_type_ids=True)
+        encoding = self.tokenizer(
+            self._prompt(tuple(history)), response, return_offsets_mapping=True, return_token_type_ids=True
+        )
         in_response = np.array([segment == 1 for segment in encoding.sequence_ids()])
         surplus = in_response & (in_response.cumsum() > self.options.max_response_tokens)
         kept = np.flatnonzero(~surplus)
@@ -117,6 +120,10 @@ class RewardEncoder:
         if self._has_global_attention:
             batch["global_attention_mask"] = pad_right([sequence.in_response for sequence in sequences], 0)
         return batch
+
+    def _render(self, history: tuple[Event, ...]) -> str:
+        prompt = self._prompts.text(history)
+        return prompt if prompt.endswith("\n") else prompt + "\n"
 
 
 def load_reward_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

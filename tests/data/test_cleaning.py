@@ -78,16 +78,21 @@ def test_a_click_goes_with_its_query() -> None:
             Event("search", query="call 555-0199 now"),
             Event("click", query="call 555-0199 now", title="Phones"),
             Event("click", title="Phones"),
-            Event("search", query="tea"),
-            Event("click", query="tea", title="Mail me: tea@shop.example"),
+            Event("search", query="tea 2014"),
+            Event("click", query="tea 2014", title="2014 555 teas"),
+            Event("click", query="tea 2014", title="Mail me: tea@shop.example"),
         ),
         source="s",
         group="g",
     )
     tally = RuleTally()
     cleaned = Cleaner(CleaningOptions(**OFF | {"pii_filter": True}), 3, 0).clean(record, tally)
-    assert cleaned.events == (Event("click", title="Phones"), Event("search", query="tea"))
-    assert counts(tally, "pii_filter") == (2, 3)
+    assert cleaned.events == (
+        Event("click", title="Phones"),
+        Event("search", query="tea 2014"),
+        Event("click", query="tea 2014", title="2014 555 teas"),
+    )
+    assert counts(tally, "pii_filter") == (3, 3)
 
 
 def test_direct_repeats_merge_over_clicks_and_spelling() -> None:
@@ -227,7 +232,7 @@ def test_ordinary_queries_are_not_private(text: str) -> None:
     [
         ("http://a.example/mortgage-crisis-14704400", "http://a.example/mortgage-crisis-*"),
         ("http://a.example/?to=jane%40mail.example&x=1", "http://a.example/?to=*&x=1"),
-        ("http://a.example/call%20555-0199", "http://a.example/call+*"),
+        ("http://a.example/call%20555-0199", "http://a.example/call,*"),
         ("http://a.example/caf%C3%A9?page=2", "http://a.example/caf%C3%A9?page=2"),
     ],
 )
@@ -236,7 +241,8 @@ def test_urls_are_masked(url: str, masked: str) -> None:
 
 
 @given(st.text(alphabet="ab@.-+ 0123456789%()/*٤", max_size=40))
-@example("1234 567-8901@2.3")
+@example("%00000")
+@example("0 @0.-00000")
 def test_a_masked_url_holds_nothing_private(url: str) -> None:
     assert not has_private_data(mask_url(url))
 

@@ -11,8 +11,8 @@ import pytest
 from common.data import prepare
 from common.data.examples import load_examples
 from common.errors import InputError
+from tests.data.log_files import SHARED
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 ALL_OFF = (
     "--windows 0 --min_chars 0 --max_chars 0 --max_words 0 --no_pii_filter --no_merge_repeats --min_queries 1 "
     "--max_queries 0 --max_queries_per_day 0 --navigational_targets --max_test_examples 0"

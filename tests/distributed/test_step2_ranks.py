@@ -5,18 +5,22 @@ import json
 import sys
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+from common.engine.deepspeed_config import inference_config
+from common.engine.hybrid import HybridEngine
 from common.models.reward_encoder import RewardEncoder, load_reward_tokenizer
-from common.models.token_reward import load_token_reward_model, load_token_reward_scorer
+from common.models.token_reward import load_token_reward_model, load_token_reward_scorer, save_token_reward_model
 from common.tracking import read_metrics
+from step2_token_reward.config import Step2Config
 from step2_token_reward.dataset import build_data
 from tests.distributed.ranks import run_on_ranks
 from tests.labelled_samples import RESPONSES, labelled, write_files
 from tests.models.reward_fixtures import EAGER, HISTORY, INPUTS, save_tiny
-from tests.test_step2 import Parts, trainer_of
+from tests.reward_training import Parts, trainer_of
 
 pytestmark = pytest.mark.distributed
 
@@ -58,10 +62,9 @@ def test_two_ranks_with_accumulation_train_as_one_process_does(
             "--per_device_eval_batch_size", "2", "--zero_stage", str(stage)]  # fmt: skip
     run_on_ranks(train, 2, flags_for(tmp_path / "run", model, samples, labels, *more))
 
-    parts = Parts.__new__(Parts)
-    parts.model = load_token_reward_model(model, EAGER)
-    parts.encoder = RewardEncoder(load_reward_tokenizer(model), INPUTS, parts.model)
-    parts.data = build_data(rows, parts.encoder)
+    whole = load_token_reward_model(model, EAGER)
+    encoder = RewardEncoder(load_reward_tokenizer(model), INPUTS, whole)
+    parts = Parts(whole, encoder, build_data(rows, encoder))
     single = trainer_of(parts, tmp_path / "single", w=0.4, max_steps=2, learning_rate=1e-2, max_grad_norm=0.1)
     single.train()
 
@@ -74,12 +77,45 @@ def test_two_ranks_with_accumulation_train_as_one_process_does(
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics == pytest.approx(single.final_metrics(), rel=1e-3)
     scorer = load_token_reward_scorer(str(tmp_path / "run" / "model"), EAGER)
-    for name, value in parts.model.state_dict().items():
+    for name, value in whole.state_dict().items():
         torch.testing.assert_close(scorer.module.state_dict()[name], value, rtol=1e-3, atol=1e-4)
     assert scorer.score_words([HISTORY], RESPONSES[:1])
     saved = json.loads((tmp_path / "run" / "model" / "token_reward.json").read_text())
     assert saved["metrics"] == metrics
     assert (saved["w"], saved["class_weights"], saved["bidirectional"]) == (0.4, [0.5, 1.0, 1.5], bidirectional)
+
+
+def score_sharded(rank: int, world_size: int, folder: str, weights: str) -> tuple[list[list[float]], int]:
+    """The scores that a frozen ZeRO-3 model gives this rank's responses, and how many weights the rank holds itself."""
+    config = inference_config(
+        Step2Config(zero_stage=3, dtype="fp32", output_dir="unused"), world_size=world_size
+    )
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    sharding = HfDeepSpeedConfig(config)
+    try:
+        scorer = load_token_reward_scorer(folder, EAGER)
+    finally:
+        unset_hf_deepspeed_config()
+        del sharding
+    held = sum(parameter.numel() for parameter in scorer.module.parameters())
+    engine, *_ = deepspeed.initialize(model=scorer.module.requires_grad_(False), config=config)
+    mine = RESPONSES[rank::world_size]
+    with HybridEngine(engine, weights).inference():
+        return scorer.score_words([HISTORY] * len(mine), mine), held
+
+
+@pytest.mark.parametrize("weights", ["gathered", "sharded"])
+def test_a_sharded_model_scores_as_a_whole_one(tmp_path: Path, weights: str) -> None:
+    base = save_tiny("llama", tmp_path / "base")
+    model = load_token_reward_model(base, EAGER, bidirectional=True)
+    save_token_reward_model(tmp_path / "model", model, load_reward_tokenizer(base), INPUTS, {})
+    whole = load_token_reward_scorer(str(tmp_path / "model"), EAGER)
+    outcomes = run_on_ranks(score_sharded, 2, str(tmp_path / "model"), weights)
+    for rank, (scores, held) in enumerate(outcomes):
+        mine = RESPONSES[rank::2]
+        assert held == 0  # the weights were sharded as they were loaded
+        expected = whole.score_words([HISTORY] * len(mine), mine)
+        assert scores == [pytest.approx(words, abs=1e-5) for words in expected]
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:

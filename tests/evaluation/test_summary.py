@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 
 from common.evaluation import summary
+from common.evaluation.statistics import estimate_means
 from common.evaluation.summary import MEASURES
 from tests.evaluation.factory import LetterJudge, make_examples
 
@@ -64,7 +66,7 @@ def test_the_measures_of_a_response() -> None:
 def test_the_logged_queries_recall_themselves_and_have_no_tokens() -> None:
     examples = make_examples()
     gold = summary.score_rows(examples, summary.gold_rows(examples), LetterJudge())
-    interval = summary.interval_maker(100, 0)
+    interval = partial(estimate_means, resamples=100, seed=0)
     users = [example.user_id for example in examples]
     metrics = summary.summarise(summary.measure_table(examples, gold, K), gold, users, interval, K)
     assert metrics["recall"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 6}
@@ -80,7 +82,7 @@ def test_corpus_measures_have_no_interval() -> None:
     examples = make_examples()[:2]
     scored = summary.score_rows(examples, rows("red shoes\nred hat", "red shoes"), LetterJudge())
     metrics = summary.summarise(
-        summary.measure_table(examples, scored, K), scored, ["a", "b"], summary.interval_maker(50, 0), K
+        summary.measure_table(examples, scored, K), scored, ["a", "b"], partial(estimate_means, resamples=50, seed=0), K
     )
     assert metrics["distinct_1"] == {"value": pytest.approx(3 / 6), "low": None, "high": None, "n": 2}
     assert metrics["distinct_2"]["value"] == pytest.approx(2 / 3)
@@ -94,7 +96,7 @@ def test_compare_counts_items_and_pairs_differences() -> None:
     earlier[:, relevance] = [1 / 3, 2 / 3, 2 / 3, 0.0]
     later[:, copies] = [0.5, math.nan, 0.0, 0.0]
     earlier[:, copies] = [0.0, 0.5, math.nan, 0.0]
-    result = summary.compare(later, earlier, ["a", "a", "b", "c"], summary.interval_maker(500, 0))
+    result = summary.compare(later, earlier, ["a", "a", "b", "c"], partial(estimate_means, resamples=500, seed=0))
     assert (result["win"], result["tie"], result["lose"], result["n"]) == (0.5, 0.25, 0.25, 4)
     assert result["intervals"]["win"] == {"value": 0.5, "low": 0.0, "high": 1.0, "n": 4}
     difference = result["differences"]["relevance_rate"]
