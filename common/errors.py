@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -15,12 +16,17 @@ class TrainingDiverged(RuntimeError):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main`; show an `InputError` or `TrainingDiverged` as one line and exit with 2 or 3."""
+    """Run a command's `main`; show an `InputError` or `TrainingDiverged` as one line and exit with 2 or 3.
+
+    Ranks other than the first say which they are: most errors are every rank's, but some are one rank's alone.
+    """
+    rank = os.environ.get("RANK", "0")
+    who = "" if rank == "0" else f"[rank {rank}] "
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"{who}error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except TrainingDiverged as error:
-        print(f"diverged: {error}", file=sys.stderr, flush=True)
+        print(f"{who}diverged: {error}", file=sys.stderr, flush=True)
         raise SystemExit(3) from None

@@ -82,10 +82,10 @@ if [ ${#logs[@]} -gt 0 ]; then
 fi
 if [ -n "$miniature" ]; then
     log_flags=(--num_users 160)
-    sft_flags+=(--num_train_epochs 1 --max_steps 8)
+    sft_flags+=(--num_train_epochs 1)
     sample_flags+=(--max_train_examples 48 --max_dev_examples 16)
-    reward_flags+=(--num_train_epochs 1 --max_steps 4)
-    ppo_flags+=(--total_steps 3 --critic_warmup_steps 1 --rollout_batch_size 16 --mini_batch_size 16 --save_steps 2)
+    reward_flags+=(--num_train_epochs 1)
+    ppo_flags+=(--total_steps 3 --critic_warmup_steps 1 --rollout_batch_size 16 --mini_batch_size 16 --micro_batch_size 8 --save_steps 2)
     report_flags+=(--max_examples 24 --resamples 200)
 fi
 lengths=(--max_prompt_tokens "$prompt_tokens" --max_response_tokens "$response_tokens")

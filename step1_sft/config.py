@@ -34,6 +34,7 @@ class SftConfig(ZeroOptions, LoraOptions, ModelOptions, RunOptions):
     )
     learning_rate: float = option(2e-5, "Peak learning rate of AdamW.")
     num_train_epochs: float = option(2.0, "Passes over the training examples (paper: 2).")
+    max_steps: int = option(0, "Stop after this many optimiser steps; 0 goes by num_train_epochs.")
     per_device_train_batch_size: int = option(4, "Sequences a rank and a micro-batch.")
     per_device_eval_batch_size: int = option(8, "Sequences a rank in evaluation.")
     gradient_accumulation_steps: int = option(1, "Micro-batches an optimiser step.")
@@ -65,8 +66,9 @@ def check_config(config: SftConfig) -> None:
         raise InputError("--save_total_limit must be 2 or more: a kill during a save would leave no checkpoint")
     if not 0 <= config.warmup_ratio < 1:
         raise InputError(f"--warmup_ratio is a share of the steps, 0 <= ratio < 1, not {config.warmup_ratio}")
-    if config.prompt_loss_weight < 0:
-        raise InputError(f"--prompt_loss_weight must not be negative, but is {config.prompt_loss_weight}")
+    for name in ("prompt_loss_weight", "max_steps", "weight_decay", "max_grad_norm"):
+        if getattr(config, name) < 0:
+            raise InputError(f"--{name} must not be negative, but is {getattr(config, name)}")
 
 
 def training_arguments(config: SftConfig) -> TrainingArguments:
@@ -81,6 +83,7 @@ def training_arguments(config: SftConfig) -> TrainingArguments:
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch",
         num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps or -1,
         per_device_train_batch_size=config.per_device_train_batch_size,
         per_device_eval_batch_size=config.per_device_eval_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,

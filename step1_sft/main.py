@@ -93,8 +93,7 @@ def announce(config: SftConfig, train: Rows, dev: Rows, checkpoint: Path | None)
             f"{config.max_response_tokens} tokens",
             flush=True,
         )
-    if config.resume:
-        print(f"resuming from {checkpoint or 'the start: there is no complete checkpoint yet'}", flush=True)
+    print(f"resuming from {checkpoint}" if checkpoint else f"starting from {config.model_name_or_path}", flush=True)
 
 
 def save(trainer: SftTrainer, config: SftConfig) -> None:
@@ -116,7 +115,8 @@ def closing_words(config: SftConfig) -> str:
         f"model:       {output}/model{adapter}\n"
         f"metrics:     {output}/metrics.jsonl\n"
         + (f"tensorboard: tensorboard --logdir {output}/tensorboard\n" if config.tensorboard else "")
-        + f"next:        bash scripts/run_step2.sh --model_name_or_path {output}/model"
+        + f"next:        deepspeed step2_token_reward/sample.py --model_name_or_path {output}/model "
+        f"--data_dir {config.data_dir} --output_dir {output.parent}/step2_token_reward/samples"
     )
 
 

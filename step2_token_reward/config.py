@@ -36,10 +36,10 @@ class Step2Config(ZeroOptions, ModelOptions, RunOptions):
     max_prompt_tokens: int = option(512, "Token budget of a history; the oldest events are left out.")
     max_response_tokens: int = option(96, "Token budget of a response in this tokenizer; longer ones are cut off.")
     w: float = option(0.5, "Weight of the local (token) loss; the global (sentence) loss has 1 - w (paper: 0.4-0.6).")
-    class_weights: list[float] = option(  # noqa: RUF009 - makes a list anew for every config
+    class_weights: list[float] = option(
         [], f"Weights of the local loss, {_CLASSES}; none: inverse class frequency of the training tokens."
     )
-    class_keep_ratios: list[float] = option(  # noqa: RUF009 - makes a list anew for every config
+    class_keep_ratios: list[float] = option(
         [], f"Class mask: chance of a token to stay in the local loss, {_CLASSES}; none: all stay."
     )
     learning_rate: float = option(3e-5, "Peak learning rate of AdamW.")

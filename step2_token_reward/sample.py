@@ -1,7 +1,7 @@
 """Sample responses from the SFT model: what the annotator will label and the reward model will learn from.
 
     deepspeed --num_gpus 8 step2_token_reward/sample.py --model_name_or_path outputs/my_run/step1_sft/model \\
-        --data_dir outputs/my_run/data --output_dir outputs/my_run/step2_token_reward
+        --data_dir outputs/my_run/data --output_dir outputs/my_run/step2_token_reward/samples
 
 The examples are cut into parts; ranks take turns, and each part is written as soon as it is done. A run that was killed
 goes on with the parts that are missing (--resume), and the responses do not depend on the number of ranks.
@@ -24,7 +24,7 @@ from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.engine import distributed
 from common.errors import InputError, run_command
-from common.files import RUN_CONFIG_NAME, claim_output_dir, read_jsonl, write_jsonl
+from common.files import claim_output_dir, read_jsonl, write_jsonl
 from common.models.generate import Generated, generate_responses
 from common.models.loading import check_lengths, check_vocabulary, load_causal_lm, load_tokenizer
 from common.tracking import progress
@@ -68,23 +68,22 @@ def main() -> None:
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, config.pad_token)
     builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
     parts = cut_into_parts(choose_examples(config), config.batch_size * BATCHES_PER_PART)
+    distributed.on_main_first(lambda: claim(config))
+    output = Path(config.output_dir) / "samples.jsonl"
+    if output.exists():
+        distributed.on_main_first(lambda: print(f"{output} is complete already", flush=True))
+        return
+
     model = load_causal_lm(config.model_name_or_path, config).to(device)
     check_vocabulary(model, tokenizer)
     check_lengths(model.config, config.max_prompt_tokens + config.max_response_tokens)
-
-    output = Path(config.output_dir) / "samples.jsonl"
-    work = Path(config.output_dir) / "samples"
-    distributed.on_main_first(lambda: claim(output, work, config))
-    if output.exists():
-        distributed.on_main_first(lambda: print(f"{output} is complete already"))
-        return
     mine = range(distributed.rank(), len(parts), distributed.world_size())
     for number in progress(mine, desc="sampling"):
-        path = part_path(work, number)
+        path = part_path(output, number)
         if not path.exists():
             write_jsonl(path, sample_part(parts[number], number, model, builder, config))
     distributed.barrier()
-    distributed.on_main_first(lambda: merge(work, len(parts), output))
+    distributed.on_main_first(lambda: merge(output, len(parts)))
 
 
 def check_config(config: SampleConfig) -> None:
@@ -118,21 +117,17 @@ def cut_into_parts(examples: Sequence[Example], size: int) -> list[Sequence[Exam
     return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 
-def claim(output: Path, work: Path, config: SampleConfig) -> None:
-    """Make `work` this run's folder for parts, and `output` its result (rank 0 only)."""
-    if output.exists() and not config.overwrite and not (config.resume and (work / RUN_CONFIG_NAME).is_file()):
-        raise InputError(f"{output} is there already; add --overwrite to replace it, or choose another --output_dir")
+def claim(config: SampleConfig) -> None:
+    """Make `output_dir` this run's folder (rank 0 only)."""
     claim_output_dir(
-        work, asdict(config), resume=config.resume, overwrite=config.overwrite,
+        config.output_dir, asdict(config), resume=config.resume, overwrite=config.overwrite,
         may_differ=frozenset({"resume", "overwrite"}),
     )  # fmt: skip
-    if config.overwrite:
-        output.unlink(missing_ok=True)
 
 
-def part_path(work: Path, number: int) -> Path:
-    """Where the rows of a part go."""
-    return work / "parts" / f"{number:06d}.jsonl"
+def part_path(output: Path, number: int) -> Path:
+    """Where the rows of a part go until all parts are there."""
+    return output.parent / "parts" / f"{number:06d}.jsonl"
 
 
 def sample_part(
@@ -184,12 +179,15 @@ def sample_row(example: Example, suffix: str, origin: str, response: str, finish
     }
 
 
-def merge(work: Path, count: int, output: Path) -> None:
+def merge(output: Path, count: int) -> None:
     """Join the parts into `output`, which appears once it is whole, and say where it lies (rank 0 only)."""
-    rows = (row for number in range(count) for _, row in read_jsonl(part_path(work, number)))
-    written = write_jsonl(output, rows)
-    shutil.rmtree(work / "parts")
-    print(f"samples: {output} ({written} responses)\nnext: label them with step2_token_reward/label.py", flush=True)
+    written = write_jsonl(output, (row for number in range(count) for _, row in read_jsonl(part_path(output, number))))
+    shutil.rmtree(output.parent / "parts")
+    print(
+        f"samples: {output} ({written} responses)\n"
+        f"next:    python -m step2_token_reward.label --samples {output} --labels {output.parent.parent}/labels.jsonl",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -107,7 +107,8 @@ class RewardTrainer(RecipeTrainer):
             local_loss, global_loss = (self.accelerator.reduce(self._parts, "sum") / self._steps_in_parts).tolist()
             logs |= {"local_loss": local_loss, "global_loss": global_loss}
             self._parts.zero_()
-            super().log(logs, start_time)
+            self._steps_in_parts = 0
+        super().log(logs, start_time)
 
     def final_metrics(self) -> dict[str, float | None]:
         """The measures of `METRIC_NAMES` after the last step, None where undefined. Call on all ranks."""

@@ -79,12 +79,12 @@ def phase_metrics(seconds: dict[str, float], tokens: torch.Tensor) -> dict[str, 
     names = sorted(seconds)
     slowest = max_over_ranks(torch.tensor([seconds[name] for name in names], device=tokens.device)).tolist()
     metrics = {f"seconds/{name}": value for name, value in zip(names, slowest, strict=True)}
-    all_tokens = float(sum_over_ranks(tokens))
     metrics["seconds/step"] = sum(slowest)
-    metrics |= {
-        f"tokens_per_second/{name}": all_tokens / value for name, value in zip(names, slowest, strict=True) if value > 0
+    all_tokens = float(sum_over_ranks(tokens))
+    throughput = {
+        f"tokens_per_second/{name}": all_tokens / metrics[f"seconds/{name}"] for name in ("generate", "update", "step")
     }
-    return metrics
+    return metrics | throughput
 
 
 def samples_markdown(rollout: Rollout, limit: int = 4) -> str:

@@ -116,56 +116,46 @@ class TPPOTrainer:
     def _optimizer_step(
         self, step: int, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor, rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One update of actor and critic from this rank's `rows`; returns sums in the order of `UPDATE_SUMS`."""
+        """One update of critic and actor from this rank's `rows`; sums in the order of `UPDATE_SUMS`, largest ratio."""
         config = self._config
         micro_batches = rows.to(self._device).split(config.micro_batch_size)
         tokens = token_denominator(rollout.batch.response_mask[rows], len(micro_batches))
-        train_actor = step >= config.critic_warmup_steps
-        sums = torch.zeros(len(UPDATE_SUMS), dtype=torch.float64, device=self._device)
+        sums = dict.fromkeys(UPDATE_SUMS, torch.zeros((), dtype=torch.float64, device=self._device))
+        sums["steps"] = sums["steps"] + 1
         max_ratio = torch.zeros((), device=self._device)
         self._models.actor.module.train()
         self._models.critic.module.train()
-        for index, micro in enumerate(micro_batches):
+        for micro in micro_batches:
             batch = rollout.batch.rows(micro)
             mask = batch.response_mask
-            width = mask.shape[1]
-
-            def part(tensor: torch.Tensor, micro: torch.Tensor = micro, width: int = width) -> torch.Tensor:
-                return tensor[micro, :width]
-
+            old_values, old_logprobs, micro_advantages, micro_returns = (
+                tensor[micro, : mask.shape[1]]
+                for tensor in (rollout.values, rollout.old_logprobs, advantages, returns)
+            )
             values = self._models.critic.engine(batch)
-            critic = value_loss(
-                values, part(rollout.values), part(returns), mask, config.value_clip_range, tokens
-            )
-            losses = [(self._models.critic.engine, critic.loss)]
-            policy_sums = torch.zeros(3, dtype=torch.float64, device=self._device)
-            if train_actor:
-                actor = self._models.actor
-                scores = response_scores(actor.engine, actor.module, batch, config.temperature)
-                policy = policy_loss(
-                    scores.logprobs, part(rollout.old_logprobs), part(advantages), mask, config.clip_range, tokens
-                )
-                losses.append((actor.engine, policy.loss))
-                policy_sums = torch.stack([policy.loss.detach(), policy.clipped, policy.approx_kl]).double()
-                max_ratio = torch.maximum(max_ratio, policy.max_ratio)
-            # Before any backward pass: a NaN must reach neither gradients nor a collective that hides it.
-            _check_finite(torch.stack([loss.detach() for _, loss in losses]), step, "a loss")
-            last = index == len(micro_batches) - 1
-            for engine, loss in losses:
-                engine.backward(loss)
-                engine.step()
-            sums += torch.stack(
-                [
-                    policy_sums[0] / len(micro_batches),
-                    critic.loss.detach().double() / len(micro_batches),
-                    policy_sums[1],
-                    critic.clipped.double(),
-                    policy_sums[2],
-                    mask.sum().double(),
-                    torch.tensor(float(last), dtype=torch.float64, device=self._device),
-                ]
-            )
-        return sums, max_ratio
+            critic = value_loss(values, old_values, micro_returns, mask, config.value_clip_range, tokens)
+            self._backward(self._models.critic.engine, critic.loss, step)
+            sums["tokens"] = sums["tokens"] + mask.sum()
+            sums["value_loss"] = sums["value_loss"] + critic.loss.detach() / len(micro_batches)
+            sums["value_clipped"] = sums["value_clipped"] + critic.clipped
+            if step < config.critic_warmup_steps:
+                continue
+            actor = self._models.actor
+            scores = response_scores(actor.engine, actor.module, batch, config.temperature)
+            policy = policy_loss(scores.logprobs, old_logprobs, micro_advantages, mask, config.clip_range, tokens)
+            self._backward(actor.engine, policy.loss, step)
+            sums["policy_loss"] = sums["policy_loss"] + policy.loss.detach() / len(micro_batches)
+            sums["policy_clipped"] = sums["policy_clipped"] + policy.clipped
+            sums["approx_kl"] = sums["approx_kl"] + policy.approx_kl
+            max_ratio = torch.maximum(max_ratio, policy.max_ratio)
+        return torch.stack([sums[name].double() for name in UPDATE_SUMS]), max_ratio
+
+    def _backward(self, engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor, step: int) -> None:
+        """Backward pass and, at the end of the accumulation, the optimiser's step. Raises `TrainingDiverged`."""
+        # Before the gradients meet those of other ranks: a NaN must be seen where it arose, and by all ranks.
+        _check_finite(loss.detach(), step, "a loss")
+        engine.backward(loss)
+        engine.step()
 
     def _examples_of(self, step: int) -> list[Example]:
         """This rank's share of the prompts of `step`: epochs over all examples, each in its own random order."""

@@ -14,7 +14,7 @@ class Toy(RunOptions):
     """A config for the tests."""
 
     rate: float = option(0.1, "A rate.")
-    names: list[str] = option(["a"], "Some names.")  # noqa: RUF009 - makes a list anew for every config
+    names: list[str] = option(["a"], "Some names.")
     kind: str = option("x", "A kind.", choices=["x", "y"])
 
 

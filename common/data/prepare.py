@@ -36,7 +36,7 @@ QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "
 class PrepareConfig(CleaningOptions, ExampleOptions):
     """Make train, dev and test examples from search logs."""
 
-    log: list[str] = option(  # noqa: RUF009 - makes a list anew for every config
+    log: list[str] = option(
         [], "Search logs: files or folders (docs/data_formats.md); may be given several times.", action="extend"
     )
     log_format: str = option(AUTO, "Format of every log; auto goes by each name.", choices=[AUTO, *READERS])

@@ -51,7 +51,7 @@ class EvaluateConfig(ModelOptions):
     """Compare systems (model folders) on held-out users and write report.json and report.md."""
 
     data_dir: str = option("", "Folder with train.jsonl, dev.jsonl and test.jsonl.")
-    systems: list[str] = option(  # noqa: RUF009 - makes a list anew for every config
+    systems: list[str] = option(
         [], "name=model folder ..., in the order of training; a later one is compared with each before it."
     )
     output_dir: str = option("", "Folder of the run; report.json, report.md and generations/ are written there.")
@@ -76,7 +76,7 @@ class EvaluateConfig(ModelOptions):
     batch_size: int = option(64, "Prompts generated at once; it takes part in what a seed draws.")
     resamples: int = option(10_000, "Bootstrap resamples behind each interval.")
     shown_examples: int = option(5, "Examples printed in report.md, drawn at random; they hold text from the log.")
-    timings: list[str] = option(  # noqa: RUF009 - makes a list anew for every config
+    timings: list[str] = option(
         [], 'Files with {"stage": seconds} to be taken into the report.'
     )
     seed: int = option(0, "Seed of the sample of examples, the sampled responses and the bootstrap.")

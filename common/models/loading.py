@@ -38,7 +38,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, pad_token: str = 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"{path}: cannot load a tokenizer ({_first_line(error)})") from error
+        raise InputError(f"{path}: cannot load a tokenizer ({_reason(path, error)})") from error
     if not tokenizer.is_fast:
         raise InputError(
             f"{path}: {type(tokenizer).__name__} has no fast version, so its tokens have no character offsets; "
@@ -64,7 +64,7 @@ def load_model_config(path: str, trust_remote_code: bool = False) -> PreTrainedC
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"{path}: cannot read a model configuration ({_first_line(error)})") from error
+        raise InputError(f"{path}: cannot read a model configuration ({_reason(path, error)})") from error
 
 
 def load_causal_lm(path: str, options: ModelOptions) -> PreTrainedModel:
@@ -82,7 +82,7 @@ def load_causal_lm(path: str, options: ModelOptions) -> PreTrainedModel:
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"{path}: cannot load a causal language model ({_first_line(error)})") from error
+        raise InputError(f"{path}: cannot load a causal language model ({_reason(path, error)})") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise InputError(
@@ -209,6 +209,11 @@ def _replace_folder(temporary: Path, path: Path) -> Path:
     temporary.rename(path)
     shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def _reason(path: str, error: BaseException) -> str:
+    """Why nothing could be loaded from `path`, which is a hub name when no such folder exists."""
+    return _first_line(error) if Path(path).exists() else f"no such folder, and as a hub name: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:

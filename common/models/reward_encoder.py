@@ -65,9 +65,7 @@ class RewardEncoder:
     beyond the model's positions.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, options: RewardInputOptions, model: PreTrainedModel
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: RewardInputOptions, model: PreTrainedModel) -> None:
         self.tokenizer = tokenizer
         self.options = options
         self._pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

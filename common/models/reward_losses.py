@@ -130,7 +130,6 @@ def keep_classes(labels: Tensor, keep_ratios: Sequence[float], generator: torch.
 
     labels (B, T) -> (B, T). The draw is made on the generator's device, so a step's draw is the same on any machine.
     """
-    # The last entry serves the ignored tokens, which -1 points to.
-    ratios = torch.tensor([*keep_ratios, 1.0])[labels.cpu().clamp_min(-1)]
+    ratios = torch.tensor(keep_ratios)[labels.cpu().clamp_min(0)]  # any ratio will do for ignored tokens
     kept = torch.rand(labels.shape, generator=generator) < ratios
     return labels.masked_fill(~kept.to(labels.device), IGNORE_LABEL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -71,9 +72,9 @@ class TokenRewardModel:
             scores = row[: len(item.spans)]
             if not scores.isfinite().all():
                 raise TrainingDiverged("the reward model gives scores that are not finite; look at step 2's metrics")
-            pooled = pool_token_scores(item.words, scores.tolist(), item.spans, missing=float("nan"))
-            missing += sum(score != score for score in pooled)
-            words.append([MISSING_WORD_SCORE if score != score else score for score in pooled])
+            pooled = pool_token_scores(item.words, scores.tolist(), item.spans, missing=math.nan)
+            missing += sum(map(math.isnan, pooled))
+            words.append([MISSING_WORD_SCORE if math.isnan(score) else score for score in pooled])
             queries.append(sentence_scores(scores, item, len(split_queries(response))))
         return RewardScores(words, queries, missing)
 

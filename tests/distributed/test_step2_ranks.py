@@ -48,9 +48,7 @@ def flags_for(folder: Path, model: str, samples: str, labels: str, *more: str) -
 
 
 @pytest.mark.parametrize(("stage", "bidirectional"), [(3, True), (1, False)])
-def test_two_ranks_with_accumulation_train_as_one_process_does(
-    tmp_path: Path, stage: int, bidirectional: bool
-) -> None:
+def test_two_ranks_with_accumulation_train_as_one_process_does(tmp_path: Path, stage: int, bidirectional: bool) -> None:
     """2 ranks x 3 micro-batches of one response against one batch of six, AdamW, two steps, then held-out metrics."""
     model = save_tiny("llama", tmp_path / "base")
     start = load_token_reward_model(model, EAGER, bidirectional)
@@ -87,9 +85,7 @@ def test_two_ranks_with_accumulation_train_as_one_process_does(
 
 def score_sharded(rank: int, world_size: int, folder: str, weights: str) -> tuple[list[list[float]], int]:
     """The scores that a frozen ZeRO-3 model gives this rank's responses, and how many weights the rank holds itself."""
-    config = inference_config(
-        Step2Config(zero_stage=3, dtype="fp32", output_dir="unused"), world_size=world_size
-    )
+    config = inference_config(Step2Config(zero_stage=3, dtype="fp32", output_dir="unused"), world_size=world_size)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     sharding = HfDeepSpeedConfig(config)
     try:

@@ -92,6 +92,9 @@ def test_reading_both_ways_survives_save_and_load(
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["is_causal"] is False
     assert earlier_logits_change(str(tmp_path), options, bidirectional=False, padded=True)
+    # Kernels that ask the module (flash attention) must hear the same.
+    loaded = load_token_reward_model(str(tmp_path), options)
+    assert not any(getattr(module, "is_causal", False) for module in loaded.modules())
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "longformer"])
@@ -175,13 +178,18 @@ def test_history_and_response_are_parted(kind: str) -> None:
     assert before in {"bert": "[SEP]", "llama": "<s>"}.get(kind, "Ċ")
 
 
-def test_a_template_without_a_last_line_break_gets_one(tmp_path: Path) -> None:
+def test_a_template_without_a_last_line_break_gets_one_within_the_budget(tmp_path: Path) -> None:
     template = tmp_path / "bare.jinja"
     template.write_text("{% for event in events %}{{ event.text }} {% endfor %}next:")
-    encoder = encoder_of("gpt2", prompt_template=str(template))
-    encoded = encoder.encode(HISTORY, "best shoes")
-    first = int(encoded.tokens.in_response.argmax())
-    assert encoder.tokenizer.decode(encoded.tokens.input_ids[:first].tolist()).endswith("next:\n")
+    history = [Event("search", query="shoes") for _ in range(40)]
+    lengths = set()
+    for budget in range(20, 30):
+        encoder = encoder_of("gpt2", prompt_template=str(template), max_prompt_tokens=budget)
+        encoded = encoder.encode(history, "best shoes")
+        first = int(encoded.tokens.in_response.argmax())
+        assert encoder.tokenizer.decode(encoded.tokens.input_ids[:first].tolist()).endswith("next:\n")
+        lengths.add(budget - first)
+    assert min(lengths) == 0  # a budget that is used up to the last token
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
