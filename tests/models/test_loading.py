@@ -79,7 +79,7 @@ class TestTokenizer:
             load_tokenizer(save_tokenizer(tmp_path, eos_token=None))
 
     def test_no_folder(self, tmp_path):
-        with pytest.raises(InputError, match="cannot load a tokenizer .no such folder"):
+        with pytest.raises(InputError, match=r"cannot load a tokenizer .no such folder"):
             load_tokenizer(str(tmp_path / "nowhere"))
 
     def test_without_a_fast_version(self, tmp_path, monkeypatch):
