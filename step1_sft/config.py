@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from common.config import LoraOptions, ModelOptions, RunOptions, ZeroOptions, option
 from common.engine.deepspeed_config import trainer_deepspeed_config
 from common.errors import InputError
+from common.models.loading import check_attention
 
 # What may change between a run and its continuation.
 MAY_DIFFER = frozenset(
@@ -51,7 +52,8 @@ class SftConfig(ZeroOptions, LoraOptions, ModelOptions, RunOptions):
 
 
 def check_config(config: SftConfig) -> None:
-    """Raise `InputError` for settings that cannot work, before anything is loaded."""
+    """Raise `InputError` for settings that cannot work, here or anywhere, before anything is loaded."""
+    check_attention(config.attn_implementation, config.dtype)
     for name in ("model_name_or_path", "data_dir", "output_dir"):
         if not getattr(config, name):
             raise InputError(f"--{name} is missing")

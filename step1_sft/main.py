@@ -19,7 +19,6 @@ from common.errors import run_command
 from common.files import claim_output_dir, write_json
 from common.models.loading import (
     apply_lora,
-    check_attention,
     check_lengths,
     check_vocabulary,
     load_causal_lm,
@@ -36,7 +35,6 @@ def main() -> None:
     """Fine-tune `model_name_or_path` on the responses of the train examples; write `<output_dir>/model`."""
     config = parse_config(SftConfig)
     check_config(config)
-    check_attention(config.attn_implementation, config.dtype)
     start = time.monotonic()
     distributed.start()
     distributed.seed_everything(config.seed)
@@ -88,11 +86,8 @@ def announce(config: SftConfig, train: Rows, dev: Rows, checkpoint: Path | None)
     if distributed.rank() != 0:
         return
     for name, rows in (("train", train), ("dev", dev)):
-        print(
-            f"{name}: {len(rows.rows)} examples; {rows.too_long} left out, their response is over "
-            f"{config.max_response_tokens} tokens",
-            flush=True,
-        )
+        limit = config.max_response_tokens
+        print(f"{name}: {len(rows.rows)} examples; {rows.too_long} left out, over {limit} response tokens", flush=True)
     print(f"resuming from {checkpoint}" if checkpoint else f"starting from {config.model_name_or_path}", flush=True)
 
 

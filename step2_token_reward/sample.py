@@ -26,7 +26,7 @@ from common.engine import distributed
 from common.errors import InputError, run_command
 from common.files import claim_output_dir, read_jsonl, write_jsonl
 from common.models.generate import Generated, generate_responses
-from common.models.loading import check_lengths, check_vocabulary, load_causal_lm, load_tokenizer
+from common.models.loading import check_lengths, check_vocabulary, load_causal_lm, load_model_config, load_tokenizer
 from common.tracking import progress
 from step2_token_reward.corruptions import corrupt
 
@@ -66,6 +66,10 @@ def main() -> None:
     check_config(config)
     device = distributed.start()
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, config.pad_token)
+    check_lengths(
+        load_model_config(config.model_name_or_path, config.trust_remote_code),
+        config.max_prompt_tokens + config.max_response_tokens,
+    )
     builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
     parts = cut_into_parts(choose_examples(config), config.batch_size * BATCHES_PER_PART)
     distributed.on_main_first(lambda: claim(config))
@@ -76,7 +80,6 @@ def main() -> None:
 
     model = load_causal_lm(config.model_name_or_path, config).to(device)
     check_vocabulary(model, tokenizer)
-    check_lengths(model.config, config.max_prompt_tokens + config.max_response_tokens)
     mine = range(distributed.rank(), len(parts), distributed.world_size())
     for number in progress(mine, desc="sampling"):
         path = part_path(output, number)

@@ -152,7 +152,7 @@ def parse_time(value: Any) -> float | None:
             raise ValueError(f"time {value!r} is neither a number nor ISO 8601") from None
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise ValueError(f"time {value!r} is neither a finite number nor ISO 8601")
+        raise ValueError(f"time {value!r:.40} is neither a finite number nor ISO 8601")
     return float(value)
 
 
