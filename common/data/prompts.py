@@ -50,9 +50,10 @@ class PromptBuilder:
         self._special = _special_pattern(tokenizer)
 
     def ids(self, history: Sequence[Event]) -> list[int]:
-        """Token ids of the prompt, at most `max_prompt_tokens`; the oldest events are left out where they do not fit.
+        """Token ids of the prompt, at most `max_prompt_tokens`; the oldest events are left out where they do not fit,
+        and the newest one is cut where it does not fit alone.
 
-        Raises `InputError` when not even the newest event fits.
+        Raises `InputError` for an empty history, and when the template alone is longer than the budget.
         """
         return self._fit(history)[1]
 
@@ -73,6 +74,8 @@ class PromptBuilder:
             PromptEvent(event.type, self.clean(event.text), self.clean(event.query or ""), self.clean(event.url or ""))
             for event in history[-self.max_prompt_tokens :]
         ]
+        if not events:
+            raise InputError("an empty history: a prompt needs at least one event")
         # The length grows with the number of events kept, so the largest number that fits is found by bisection;
         # most histories fit whole, so that is tried first.
         fits, too_many = 0, len(events) + 1
@@ -86,12 +89,18 @@ class PromptBuilder:
             else:
                 too_many = kept
             kept = (fits + too_many) // 2
-        if best is None:
-            raise InputError(
-                f"a prompt with only the newest of {len(events)} events exceeds {self.max_prompt_tokens} tokens; raise "
-                "max_prompt_tokens or shorten the template"
-            )
-        return best
+        return best or self._fit_part(events[-1])
+
+    def _fit_part(self, event: PromptEvent) -> tuple[str, list[int]]:
+        """The prompt with the longest beginning of one event's text that fits: it alone exceeds the budget."""
+        for length in range(len(event.text) - 1, -1, -1):
+            text = self._render([event._replace(text=event.text[:length])])
+            ids = self._encode(text)
+            if len(ids) <= self.max_prompt_tokens:
+                return text, ids
+        raise InputError(
+            f"the prompt template alone exceeds {self.max_prompt_tokens} tokens; raise max_prompt_tokens or shorten it"
+        )
 
     def _render(self, events: Sequence[PromptEvent]) -> str:
         try:

@@ -25,6 +25,9 @@ def start() -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        # On CPU ranks DeepSpeed would compile a shared-memory all-reduce, which only its own inference kernels call:
+        # a minute of compiler time, and buffers that stay in /dev/shm after every run.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return device
 

@@ -164,7 +164,7 @@ GOOD_LINE = json.dumps({"user_id": "u", "events": [{"type": "search", "query": "
         ('{"user_id": "u", "events": [{"type": "search", "query": " "}]}', "a search event needs a non-empty 'query'"),
         ('{"user_id": "u", "events": [{"type": "tap", "query": "a"}]}', "event type 'tap'"),
         ('{"user_id": "u", "events": [{"type": "search", "query": "a", "ts": NaN}]}', "time nan"),
-        ('{"user_id": "u", "events": [{"type": "search", "query": "a", "ts": 1' + "0" * 400 + "}]}", "time 1000000000000000000000000000000000000000 is neither a finite number"),
+        ('{"user_id": "u", "events": [{"type": "search", "query": "a", "ts": 1' + "0" * 400 + "}]}", "time 1000000"),
         ('{"user_id": "u", "events": [{"type": "search", "query": "\\ud800"}]}', "a text holds half"),
         (
             '{"user_id": "u", "events": [{"type": "search", "query": "a", "ts": 5}, {"type": "click", "title": "t"}, '
