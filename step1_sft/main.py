@@ -15,6 +15,7 @@ from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
 from common.engine.trainer import last_complete_checkpoint, remove_incomplete_checkpoints, run_callbacks
+from common.engine.trainer_options import training_arguments
 from common.errors import run_command
 from common.files import claim_output_dir, write_json
 from common.models.loading import (
@@ -26,7 +27,7 @@ from common.models.loading import (
     load_tokenizer,
     save_model_folder,
 )
-from step1_sft.config import MAY_DIFFER, SftConfig, check_config, training_arguments
+from step1_sft.config import MAY_DIFFER, SftConfig, check_config
 from step1_sft.dataset import PadRight, Rows, build_rows
 from step1_sft.trainer import SftTrainer
 
@@ -49,7 +50,7 @@ def main() -> None:
         build_rows(load_examples(config.data_dir, split), builder, config.max_response_tokens)
         for split in ("train", "dev")
     )
-    args = training_arguments(config)
+    args = training_arguments(config, train_sampling_strategy="group_by_length")
     distributed.on_main_first(lambda: prepare_output(config))
     checkpoint = last_complete_checkpoint(args.output_dir)
     announce(config, train, dev, checkpoint)

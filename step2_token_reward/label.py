@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from common.config import option, parse_config
 from common.errors import InputError, run_command
-from common.feedback.annotator import ANNOTATORS, RELEVANT_FROM, SCORES, Annotation, Annotator, load_annotator
+from common.feedback.annotator import RELEVANT_FROM, SCORES, Annotation, Annotator
 from common.feedback.labels import label_row, read_existing_labels, read_labels, read_samples, sample_item
+from common.feedback.load import ANNOTATORS, load_annotator
 
 _LABEL_START = b'{"id": '
 

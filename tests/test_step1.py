@@ -23,11 +23,12 @@ from common.engine.trainer import (
     remove_incomplete_checkpoints,
     run_callbacks,
 )
+from common.engine.trainer_options import training_arguments
 from common.errors import InputError, TrainingDiverged
 from common.files import write_jsonl
 from common.models.loading import apply_lora
 from common.tracking import read_metrics
-from step1_sft.config import SftConfig, check_config, training_arguments
+from step1_sft.config import SftConfig, check_config
 from step1_sft.dataset import PadRight, build_rows
 from step1_sft.main import main
 from step1_sft.trainer import SftTrainer, response_metrics, token_nll, token_weights

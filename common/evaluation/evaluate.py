@@ -38,7 +38,8 @@ from common.evaluation.summary import (
     score_rows,
     summarise,
 )
-from common.feedback.annotator import ANNOTATORS, Annotator, load_annotator
+from common.feedback.annotator import Annotator
+from common.feedback.load import ANNOTATORS, load_annotator
 from common.files import atomic_write, read_json, write_json, write_jsonl
 
 REPORT_NAME = "report.json"

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.data.records import Event
-from common.errors import InputError
 from common.text import STOP_WORDS, Word, normalise, split_queries, split_words
 
 SCORES = (0, 1, 2)
 RELEVANT_FROM = 1
-ANNOTATORS = ("simulated", "lexical")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,28 +44,6 @@ class Annotator(Protocol):
     def annotate(self, item: FeedbackItem) -> Annotation:
         """The scores of `item.response`; they fit it as `check_annotation` demands."""
         ...
-
-
-def load_annotator(name: str, *, truth_path: str = "", word_error_rate: float = 0.0, seed: int = 0) -> Annotator:
-    """The annotator called `name`; raises `InputError` for an unknown name or options that it does not take.
-
-    `simulated` needs `truth_path` (the simulator's truth.jsonl) and takes `word_error_rate` and `seed`.
-    """
-    # Imported here because both modules need the types above.
-    from common.feedback.lexical import LexicalAnnotator
-    from common.feedback.simulated import SimulatedAnnotator
-
-    if name == "simulated":
-        if not truth_path:
-            raise InputError("annotator 'simulated' reads the simulator's truth: give --truth <log folder>/truth.jsonl")
-        return SimulatedAnnotator(truth_path, word_error_rate=word_error_rate, seed=seed)
-    if name == "lexical":
-        if truth_path or word_error_rate:
-            raise InputError(
-                "annotator 'lexical' takes neither --truth nor --word_error_rate: they are for 'simulated'"
-            )
-        return LexicalAnnotator()
-    raise InputError(f"annotator {name!r} is none of {', '.join(ANNOTATORS)}")
 
 
 def words_by_query(response: str) -> list[list[Word]]:

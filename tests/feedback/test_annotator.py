@@ -15,12 +15,12 @@ from common.feedback.annotator import (
     Annotation,
     FeedbackItem,
     check_annotation,
-    load_annotator,
     mark_repeats,
     normalised_words,
     words_by_query,
 )
 from common.feedback.lexical import LexicalAnnotator
+from common.feedback.load import load_annotator
 from common.feedback.simulated import SimulatedAnnotator
 from common.text import split_queries
 

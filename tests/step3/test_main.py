@@ -159,6 +159,17 @@ def test_lora_in_the_sharded_path_needs_no_reference_and_leaves_adapters(inputs:
 
 
 @pytest.mark.timeout(600)
+def test_target_kl_ends_the_updates_of_a_rollout(inputs: Path, tmp_path: Path) -> None:
+    """Four minibatches a rollout; the first has ratio 1, the second sees the first's update and exceeds any target."""
+    flags = ("--rollout_batch_size", "8", "--ppo_epochs", "2", "--total_steps", "2")
+    run_successfully(inputs, tmp_path / "free", *flags, "--target_kl", "0")
+    run_successfully(inputs, tmp_path / "bound", *flags, "--target_kl", "1e-6")
+    free, bound = numbers(tmp_path / "free")[1], numbers(tmp_path / "bound")[1]
+    assert (free["policy/optimizer_steps"], free["policy/stopped_early"]) == (4.0, 0.0)
+    assert (bound["policy/optimizer_steps"], bound["policy/stopped_early"]) == (2.0, 1.0)
+
+
+@pytest.mark.timeout(600)
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(inputs: Path, tmp_path: Path) -> None:
     """A critic whose trunk holds a NaN: its first value is not finite."""
     poisoned = tmp_path / "poisoned"
