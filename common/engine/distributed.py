@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 
@@ -29,7 +30,14 @@ def start() -> torch.device:
         # a minute of compiler time, and buffers that stay in /dev/shm after every run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        # gloo's threads must have ended when the interpreter goes, or a finished rank may abort on its last step.
+        atexit.register(_leave)
     return device
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:
