@@ -20,8 +20,8 @@ from common.engine.trainer_options import training_arguments
 from common.errors import run_command
 from common.feedback.labels import read_labels
 from common.files import claim_output_dir, write_json
-from common.models.loading import check_attention
-from common.models.reward_encoder import RewardEncoder, load_reward_tokenizer
+from common.models.loading import check_attention, load_fast_tokenizer
+from common.models.reward_encoder import RewardEncoder
 from common.models.reward_losses import inverse_class_frequency
 from common.models.token_reward import load_token_reward_model, reads_both_ways, save_token_reward_model
 from step2_token_reward.config import MAY_DIFFER, Step2Config, check_config
@@ -39,7 +39,7 @@ def main() -> None:
     distributed.seed_everything(config.seed)
 
     labelled = read_labels(config.samples, config.labels)
-    tokenizer = load_reward_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    tokenizer = load_fast_tokenizer(config.model_name_or_path, config.trust_remote_code)
     args = training_arguments(config)
     distributed.on_main_first(lambda: prepare_output(config))
     checkpoint = last_complete_checkpoint(args.output_dir)

@@ -50,7 +50,7 @@ def main() -> None:
 
     models = build_models(config, tokenizer)
     make_rollout = RolloutMaker(models, prompts, reward_options(config, length), config, device)
-    TPPOTrainer(config, models, make_rollout, examples, device).train(config.output_dir)
+    TPPOTrainer(config, models, make_rollout, examples, device).train()
 
     export_models(models, tokenizer, config)
     distributed.on_main_first(lambda: report(config, time.perf_counter() - begun))

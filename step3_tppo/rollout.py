@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,7 +84,7 @@ class RolloutMaker:
             with self._models.reference.inference() as module:
                 reference = self._scores(module, batch)
         with self._models.critic.inference() as module:
-            values = self._in_chunks(batch, module)
+            values = torch.cat([module(part) for part in self._chunks(batch)])
         clock.lap("reference_critic_scoring")
         decoded = [self._decoder(ids) for ids in responses]
         parts = self._token_rewards(examples, generated, decoded)
@@ -107,9 +107,6 @@ class RolloutMaker:
         temperature = self._config.temperature
         chunks = [response_scores(module, module, part, temperature) for part in self._chunks(batch)]
         return TokenScores(*(torch.cat(tensors) for tensors in zip(*chunks, strict=True)))
-
-    def _in_chunks(self, batch: SequenceBatch, forward: Callable[[SequenceBatch], torch.Tensor]) -> torch.Tensor:
-        return torch.cat([forward(part) for part in self._chunks(batch)])
 
     def _chunks(self, batch: SequenceBatch) -> list[SequenceBatch]:
         """Row blocks of the scoring batch size, not trimmed: all keep the width of the whole."""

@@ -45,11 +45,12 @@ class TPPOTrainer:
         self._examples = examples
         self._device = device
         self._checkpoints = Path(config.output_dir) / "checkpoints"
+        self._order_made: tuple[int, list[int]] = (-1, [])
 
-    def train(self, tracker_dir: str | Path) -> None:
+    def train(self) -> None:
         """Run to `total_steps`, from the newest checkpoint if there is one. Raises `TrainingDiverged`."""
         first = self._resume()
-        tracker = Tracker(tracker_dir, tensorboard=self._config.tensorboard, first_step=first)
+        tracker = Tracker(self._config.output_dir, tensorboard=self._config.tensorboard, first_step=first)
         bar = progress(total=self._config.total_steps, initial=first, desc="step 3: TPPO")
         try:
             for step in range(first, self._config.total_steps):
@@ -167,11 +168,11 @@ class TPPOTrainer:
         return picked[distributed.rank() :: distributed.world_size()]
 
     def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "_order_epoch", None) != epoch:
+        """The examples' order in `epoch`; the last one made is kept, because a step asks for it at every prompt."""
+        if self._order_made[0] != epoch:
             generator = torch.Generator().manual_seed(self._seed(-1, epoch))
-            self._order_epoch = epoch
-            self._order_of_epoch = torch.randperm(len(self._examples), generator=generator).tolist()
-        return self._order_of_epoch
+            self._order_made = (epoch, torch.randperm(len(self._examples), generator=generator).tolist())
+        return self._order_made[1]
 
     def _seed(self, *parts: int) -> int:
         """A seed that differs between steps, ranks and epochs and repeats in a resumed run."""

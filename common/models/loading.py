@@ -35,15 +35,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, pad_token: str = 
     `pad_token` is `eos` (padding looks like EOS; masks are made from lengths, so EOS is learned all the same) or a
     token of the vocabulary; empty keeps the tokenizer's own. Raises `InputError` when one of these is missing.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"{path}: cannot load a tokenizer ({_reason(path, error)})") from error
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"{path}: {type(tokenizer).__name__} has no fast version, so its tokens have no character offsets; "
-            "choose a model with a tokenizer.json, or convert it with transformers.convert_slow_tokenizer"
-        )
+    tokenizer = load_fast_tokenizer(path, trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no EOS token, so no response can end; set eos_token in its folder")
     TokenDecoder(tokenizer)  # raises for a kind that rewards could not be traced through
@@ -56,6 +48,20 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, pad_token: str = 
     if tokenizer.pad_token_id is None:
         raise InputError(f"{path}: the tokenizer has no pad token; add --pad_token eos, or name a token that is unused")
     tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_fast_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer under `path`, a folder or hub name; raises `InputError` where it is missing or has no offsets."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise InputError(f"{path}: cannot load a tokenizer ({_reason(path, error)})") from error
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{path}: {type(tokenizer).__name__} has no fast version, so its tokens have no character offsets; "
+            "choose a model with a tokenizer.json, or convert it with transformers.convert_slow_tokenizer"
+        )
     return tokenizer
 
 

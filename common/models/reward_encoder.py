@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.alignment import Span
 from common.data.prompts import PromptBuilder
@@ -122,20 +122,6 @@ class RewardEncoder:
     def _render(self, history: tuple[Event, ...]) -> str:
         prompt = self._prompts.text(history)
         return prompt if prompt.endswith("\n") else prompt + "\n"
-
-
-def load_reward_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer under `path`, a folder or hub name; raises `InputError` where it is missing or has no offsets."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"{path}: cannot load a tokenizer ({str(error).splitlines()[0]})") from error
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"{path}: {type(tokenizer).__name__} has no fast version, so its tokens have no character offsets; "
-            "choose a model with a tokenizer.json, or convert it with transformers.convert_slow_tokenizer"
-        )
-    return tokenizer
 
 
 def pad_right(rows: Sequence[Any], value: int) -> torch.Tensor:

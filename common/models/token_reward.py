@@ -24,8 +24,8 @@ from common.data.prompts import CHAT, TEMPLATE_DIR
 from common.data.records import Event
 from common.errors import InputError, TrainingDiverged
 from common.files import read_json, write_json
-from common.models.loading import DTYPES, check_attention
-from common.models.reward_encoder import EncodedResponse, RewardEncoder, RewardInputOptions, load_reward_tokenizer
+from common.models.loading import DTYPES, check_attention, load_fast_tokenizer
+from common.models.reward_encoder import EncodedResponse, RewardEncoder, RewardInputOptions
 from common.models.reward_losses import MAX_SCORE, NUM_CLASSES, expected_score, query_means
 from common.text import split_queries
 
@@ -140,7 +140,7 @@ def load_token_reward_scorer(path: str, options: ModelOptions) -> TokenRewardMod
     if settings.prompt_template == TEMPLATE_NAME:
         settings = RewardInputOptions(**asdict(settings) | {"prompt_template": str(folder / TEMPLATE_NAME)})
     model = load_token_reward_model(path, options)
-    tokenizer = load_reward_tokenizer(path, options.trust_remote_code)
+    tokenizer = load_fast_tokenizer(path, options.trust_remote_code)
     return TokenRewardModel(model.eval(), RewardEncoder(tokenizer, settings, model))
 
 

@@ -12,7 +12,8 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from common.engine.deepspeed_config import inference_config
 from common.engine.hybrid import HybridEngine
-from common.models.reward_encoder import RewardEncoder, load_reward_tokenizer
+from common.models.loading import load_fast_tokenizer
+from common.models.reward_encoder import RewardEncoder
 from common.models.token_reward import load_token_reward_model, load_token_reward_scorer, save_token_reward_model
 from common.tracking import read_metrics
 from step2_token_reward.config import Step2Config
@@ -61,7 +62,7 @@ def test_two_ranks_with_accumulation_train_as_one_process_does(tmp_path: Path, s
     run_on_ranks(train, 2, flags_for(tmp_path / "run", model, samples, labels, *more))
 
     whole = load_token_reward_model(model, EAGER)
-    encoder = RewardEncoder(load_reward_tokenizer(model), INPUTS, whole)
+    encoder = RewardEncoder(load_fast_tokenizer(model), INPUTS, whole)
     parts = Parts(whole, encoder, build_data(rows, encoder))
     single = trainer_of(parts, tmp_path / "single", w=0.4, max_steps=2, learning_rate=1e-2, max_grad_norm=0.1)
     single.train()
@@ -104,7 +105,7 @@ def score_sharded(rank: int, world_size: int, folder: str, weights: str) -> tupl
 def test_a_sharded_model_scores_as_a_whole_one(tmp_path: Path, weights: str) -> None:
     base = save_tiny("llama", tmp_path / "base")
     model = load_token_reward_model(base, EAGER, bidirectional=True)
-    save_token_reward_model(tmp_path / "model", model, load_reward_tokenizer(base), INPUTS, {})
+    save_token_reward_model(tmp_path / "model", model, load_fast_tokenizer(base), INPUTS, {})
     whole = load_token_reward_scorer(str(tmp_path / "model"), EAGER)
     outcomes = run_on_ranks(score_sharded, 2, str(tmp_path / "model"), weights)
     for rank, (scores, held) in enumerate(outcomes):

@@ -15,7 +15,8 @@ from common.alignment import NO_LINE, pool_token_scores
 from common.config import ModelOptions
 from common.data.records import Event
 from common.errors import InputError
-from common.models.reward_encoder import RewardEncoder, load_reward_tokenizer
+from common.models.loading import load_fast_tokenizer
+from common.models.reward_encoder import RewardEncoder
 from common.models.reward_losses import expected_score
 from common.models.token_reward import (
     SETTINGS_NAME,
@@ -246,16 +247,16 @@ def test_unusable_tokenizers_and_limits_are_refused(folders: dict[str, str], tmp
     with pytest.raises(InputError, match="193 tokens, but the reward model has 192 positions"):
         RewardEncoder(tokenizer, replace(INPUTS, max_prompt_tokens=145), model)
     model, tokenizer = tiny("llama")
-    tokenizer = load_reward_tokenizer(folders["llama"])
+    tokenizer = load_fast_tokenizer(folders["llama"])
     tokenizer.add_tokens(["onemoreword"])
     with pytest.raises(InputError, match="do not belong together"):
         RewardEncoder(tokenizer, INPUTS, model)
-    tokenizer = load_reward_tokenizer(folders["llama"])
+    tokenizer = load_fast_tokenizer(folders["llama"])
     tokenizer.pad_token = tokenizer.eos_token = None
     with pytest.raises(InputError, match="no pad and no EOS token"):
         RewardEncoder(tokenizer, INPUTS, model)
     with pytest.raises(InputError, match="cannot load a tokenizer"):
-        load_reward_tokenizer(str(tmp_path))
+        load_fast_tokenizer(str(tmp_path))
 
 
 # Scores.
@@ -304,7 +305,7 @@ def test_saved_and_loaded_scorer_gives_the_same_scores(folders: dict[str, str], 
     template.write_text("{% for event in events %}* {{ event.text }}\n{% endfor %}")
     inputs = replace(INPUTS, prompt_template=str(template))
     model = load_token_reward_model(folders["llama"], SDPA, bidirectional=True)
-    tokenizer = load_reward_tokenizer(folders["llama"])
+    tokenizer = load_fast_tokenizer(folders["llama"])
     before = TokenRewardModel(model, RewardEncoder(tokenizer, inputs, model)).score([HISTORY] * 3, RESPONSES)
     save_token_reward_model(tmp_path / "model", model, tokenizer, inputs, {"w": 0.5})
     template.unlink()  # the folder stands alone
