@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from common.engine.distributed import max_over_ranks, sum_over_ranks, world_size
 from common.evaluation.metrics import has_format_error
+from common.evaluation.report import escape
 from common.text import normalise, split_queries
 from step3_tppo.rollout import Rollout, part_tensor
 
@@ -93,13 +96,13 @@ def samples_markdown(rollout: Rollout, limit: int = 4) -> str:
     for row in range(min(limit, len(rollout.generated))):
         decoded = rollout.decoded[row]
         cells = [
-            f"| {_escape(decoded.text[int(start) : int(end + 0.999)])} | {reward:+.2f} | {kl:+.2f} |"
+            f"| {_cell(decoded.text[int(start) : math.ceil(end)])} | {reward:+.2f} | {kl:+.2f} |"
             for (start, end), reward, kl in zip(
                 decoded.spans, rollout.parts[row].total, rollout.kl[row].tolist(), strict=False
             )
         ]
         history = "; ".join(event.text for event in rollout.examples[row].history[-3:])
-        header = [f"**after:** {_escape(history)}", "", "| token | reward | KL |", "|---|---|---|"]
+        header = [f"**after:** {escape(history)}", "", "| token | reward | KL |", "|---|---|---|"]
         blocks.append("\n".join([*header, *cells]))
     return "\n\n".join(blocks)
 
@@ -133,8 +136,6 @@ def _summed(values: dict[str, torch.Tensor | float]) -> dict[str, float]:
     return dict(zip(values, totals.tolist(), strict=True))
 
 
-def _escape(text: str) -> str:
-    """Text of a log or a model as one harmless Markdown table cell."""
-    visible = text.replace("\n", "⏎").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return "".join(f"\\{char}" if char in "\\`*_{}[]()#+-.!|~" else char for char in visible) or "∅"
-
+def _cell(token: str) -> str:
+    """A token's text as a table cell, with line breaks and nothing at all made visible."""
+    return escape(token.replace("\n", "⏎")) or "∅"
