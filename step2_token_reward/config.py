@@ -8,7 +8,7 @@ from common.config import option
 from common.engine.trainer_options import TrainerOptions, check_trainer_options
 from common.errors import InputError
 from common.models.reward_encoder import RewardInputOptions
-from common.models.reward_losses import NUM_CLASSES
+from common.models.reward_losses import HEAD_OUTPUTS, NUM_CLASSES
 
 # What may change between a run and its continuation.
 MAY_DIFFER = frozenset(
@@ -31,6 +31,11 @@ class Step2Config(TrainerOptions):
     num_queries: int = option(3, "Queries a response, as the template says it (paper: 3 for AOL).")
     max_prompt_tokens: int = option(512, "Token budget of a history; the oldest events are left out.")
     max_response_tokens: int = option(96, "Token budget of a response in this tokenizer; longer ones are cut off.")
+    heads: str = option(
+        "token", "What is judged: each word, a query's score being its words' mean (token); words, and queries by an "
+        "output of their own (both); queries alone, the sentence-level baseline (sentence).",
+        choices=list(HEAD_OUTPUTS),
+    )
     w: float = option(0.5, "Weight of the local (token) loss; the global (sentence) loss has 1 - w (paper: 0.4-0.6).")
     class_weights: list[float] = option(
         [], f"Weights of the local loss, {_CLASSES}; none: inverse class frequency of the training tokens."

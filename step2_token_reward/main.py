@@ -44,7 +44,7 @@ def main() -> None:
     distributed.on_main_first(lambda: prepare_output(config))
     checkpoint = last_complete_checkpoint(args.output_dir)
 
-    model = load_token_reward_model(config.model_name_or_path, config, config.bidirectional)
+    model = load_token_reward_model(config.model_name_or_path, config, config.bidirectional, config.heads)
     encoder = RewardEncoder(tokenizer, config.inputs, model)
     data = build_data(labelled, encoder)
     class_weights = config.class_weights or inverse_class_frequency(data.class_counts)
@@ -65,6 +65,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = trainer.final_metrics()
     facts = {
+        "heads": config.heads,
         "w": config.w,
         "class_weights": class_weights,
         "class_keep_ratios": config.class_keep_ratios,
@@ -117,7 +118,7 @@ def save(trainer: RewardTrainer, config: Step2Config, facts: dict[str, Any]) -> 
 def closing_words(config: Step2Config, metrics: dict[str, float | None]) -> str:
     """How good the model is, where everything lies and what comes next."""
     output = Path(config.output_dir)
-    shown = ("token_auc", "word_auc", "word_accuracy", "sentence_mse", "sentence_spearman")
+    shown = ("token_auc", "word_auc", "word_accuracy", "sentence_mse", "sentence_spearman", "sentence_auc")
     figures = ", ".join(f"{name} {'undefined' if metrics[name] is None else f'{metrics[name]:.3f}'}" for name in shown)
     return (
         f"held-out users: {figures}\n"

@@ -23,6 +23,8 @@ from common.errors import InputError
 
 NUM_CLASSES = 3
 MAX_SCORE = NUM_CLASSES - 1
+# Outputs a token by what the model judges: words; words and, with an output of its own, queries; queries alone.
+HEAD_OUTPUTS = {"token": NUM_CLASSES, "both": NUM_CLASSES + 1, "sentence": 1}
 # Far below any class weight: it only keeps 0/0 of a step without data at 0.
 _SMALLEST_DENOMINATOR = 1e-12
 
@@ -42,19 +44,24 @@ class RewardLosses(NamedTuple):
     global_loss: Tensor
 
 
+def judges_words(logits: Tensor) -> bool:
+    """Whether these outputs (..., N) hold word classes; those of a sentence-level model do not."""
+    return logits.shape[-1] >= NUM_CLASSES
+
+
 def expected_score(logits: Tensor) -> Tensor:
-    """`E_p[c] = p_1 + 2 p_2` in [0, 2]; (..., 3) -> (...), in fp32."""
-    probabilities = logits.float().softmax(dim=-1)
+    """`E_p[c] = p_1 + 2 p_2` in [0, 2]; (..., 3 or 4) -> (...), in fp32."""
+    probabilities = logits[..., :NUM_CLASSES].float().softmax(dim=-1)
     return probabilities @ torch.arange(NUM_CLASSES, dtype=torch.float32, device=logits.device)
 
 
 def local_loss(logits: Tensor, labels: Tensor, class_weights: Tensor, denominator: Tensor | None = None) -> Tensor:
     """`-sum_{t in V} w_{c_t} log p(c_t) / sum_{t in V} w_{c_t}`.
 
-    logits (B, T, 3), labels (B, T), class_weights (3,) -> scalar. `denominator` replaces the sum of these weights by
-    that of the whole optimiser step; without any token in the valid zone the loss is 0.
+    logits (B, T, 3 or 4), labels (B, T), class_weights (3,) -> scalar. `denominator` replaces the sum of these
+    weights by that of the whole optimiser step; without any token in the valid zone the loss is 0.
     """
-    log_probs = logits.float().log_softmax(dim=-1)
+    log_probs = logits[..., :NUM_CLASSES].float().log_softmax(dim=-1)
     weighted = F.nll_loss(
         log_probs.flatten(0, -2), labels.flatten(), class_weights, ignore_index=IGNORE_LABEL, reduction="sum"
     )
@@ -62,16 +69,28 @@ def local_loss(logits: Tensor, labels: Tensor, class_weights: Tensor, denominato
     return weighted / denominator.clamp_min(_SMALLEST_DENOMINATOR)
 
 
-def global_loss(
-    expected: Tensor, query_index: Tensor, query_scores: Tensor, denominator: Tensor | None = None
-) -> Tensor:
-    """`mean_q (s_q - mean_{t in V_q} E_p[c_t] / 2)^2`.
+def predicted_sentences(logits: Tensor, query_index: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
+    """Each query's score in [0, 1]: (B, Q), and which queries have any token: (B, Q).
 
-    expected (B, T) from `expected_score`, query_index (B, T), query_scores (B, Q) -> scalar. `denominator` replaces
-    the number of these queries by that of the whole optimiser step.
+    logits (B, T, N), query_index (B, T). Without an output of its own (N = 3) it is `mean_{t in V_q} E_p[c_t] / 2`; the
+    last output z of the other heads gives `sigmoid(mean_{t in V_q} z_t)`, which is a linear head on the mean hidden
+    state of the query.
     """
-    predicted, present = query_means(expected, query_index, query_scores.shape[1])
-    errors = (query_scores - predicted / MAX_SCORE).masked_fill(~present, 0.0)
+    if logits.shape[-1] == NUM_CLASSES:
+        means, present = query_means(expected_score(logits), query_index, num_queries)
+        return means / MAX_SCORE, present
+    means, present = query_means(logits[..., -1].float(), query_index, num_queries)
+    return means.sigmoid(), present
+
+
+def global_loss(logits: Tensor, query_index: Tensor, query_scores: Tensor, denominator: Tensor | None = None) -> Tensor:
+    """`mean_q (s_q - predicted_q)^2` with `predicted_sentences`.
+
+    logits (B, T, N), query_index (B, T), query_scores (B, Q) -> scalar. `denominator` replaces the number of these
+    queries by that of the whole optimiser step.
+    """
+    predicted, present = predicted_sentences(logits, query_index, query_scores.shape[1])
+    errors = (query_scores - predicted).masked_fill(~present, 0.0)
     denominator = present.sum() if denominator is None else denominator
     return errors.square().sum() / denominator.clamp_min(_SMALLEST_DENOMINATOR)
 
@@ -85,10 +104,15 @@ def token_reward_loss(
     w: float,
     denominators: Denominators | None = None,
 ) -> RewardLosses:
-    """`L = w L_local + (1 - w) L_global`; shapes as in `local_loss` and `global_loss`."""
+    """`L = w L_local + (1 - w) L_global`; shapes as in `local_loss` and `global_loss`.
+
+    Without word classes (N = 1) there is no local loss and `L = L_global`, whatever w is.
+    """
     weight_sum, queries = denominators or (None, None)
+    sentence = global_loss(logits, query_index, query_scores, queries)
+    if not judges_words(logits):
+        return RewardLosses(sentence, torch.zeros_like(sentence), sentence)
     local = local_loss(logits, labels, class_weights, weight_sum)
-    sentence = global_loss(expected_score(logits), query_index, query_scores, queries)
     return RewardLosses(w * local + (1 - w) * sentence, local, sentence)
 
 

@@ -10,7 +10,8 @@ import math
 import numpy as np
 from scipy.stats import rankdata, spearmanr
 
-from common.models.reward_losses import NUM_CLASSES
+from common.feedback.annotator import RELEVANT_FROM
+from common.models.reward_losses import MAX_SCORE, NUM_CLASSES
 
 
 def one_vs_rest_auc(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -47,11 +48,12 @@ def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dic
 
 
 def sentence_metrics(predicted: np.ndarray, actual: np.ndarray) -> dict[str, float]:
-    """`mse` and `spearman` of sentence scores in [0, 1], both (N,)."""
+    """`mse`, `spearman` and `auc` (relevant queries against others) of sentence scores in [0, 1], both (N,)."""
     varied = len(actual) > 1 and np.ptp(predicted) > 0 and np.ptp(actual) > 0
     return {
         "mse": _mean(np.square(predicted - actual)),
         "spearman": float(spearmanr(predicted, actual).statistic) if varied else math.nan,
+        "auc": one_vs_rest_auc(predicted, actual >= RELEVANT_FROM / MAX_SCORE),
     }
 
 

@@ -26,12 +26,13 @@ from common.errors import InputError, TrainingDiverged
 from common.files import read_json, write_json
 from common.models.loading import DTYPES, check_attention, load_fast_tokenizer
 from common.models.reward_encoder import EncodedResponse, RewardEncoder, RewardInputOptions
-from common.models.reward_losses import MAX_SCORE, NUM_CLASSES, expected_score, query_means
+from common.models.reward_losses import MAX_SCORE, expected_score, judges_words, predicted_sentences
 from common.text import split_queries
 
 SETTINGS_NAME = "token_reward.json"
 TEMPLATE_NAME = "prompt_template.jinja"
-LABEL_NAMES = {0: "irrelevant", 1: "relevant", 2: "very relevant"}
+LABEL_NAMES = ("irrelevant", "relevant", "very relevant")
+SENTENCE_NAME = "query relevance"
 MISSING_WORD_SCORE = 0.0
 
 
@@ -48,6 +49,7 @@ class RewardScores(NamedTuple):
 class TokenRewardModel:
     """Scores responses with `module`, a token classifier; one forward call a batch, whatever the batch holds.
 
+    A sentence-level model has no word scores: each word then carries its query's score, on the words' scale.
     `module` may be in DeepSpeed's hands: it is called as it is, on the device that its weights are on.
     """
 
@@ -66,24 +68,34 @@ class TokenRewardModel:
         batch = self.encoder.collate([item.tokens for item in encoded])
         device = next(self.module.parameters()).device
         self.module.eval()
-        expected = expected_score(self.module(**{key: value.to(device) for key, value in batch.items()}).logits).cpu()
+        logits = self.module(**{key: value.to(device) for key, value in batch.items()}).logits.float().cpu()
+        if not logits.isfinite().all():
+            raise TrainingDiverged("the reward model gives scores that are not finite; look at step 2's metrics")
         words, queries, missing = [], [], 0
-        for row, item, response in zip(expected, encoded, responses, strict=True):
-            scores = row[: len(item.spans)]
-            if not scores.isfinite().all():
-                raise TrainingDiverged("the reward model gives scores that are not finite; look at step 2's metrics")
-            pooled = pool_token_scores(item.words, scores.tolist(), item.spans, missing=math.nan)
+        for row, item, response in zip(logits, encoded, responses, strict=True):
+            outputs = row[: len(item.spans)]
+            queries.append(sentence_scores(outputs, item, len(split_queries(response))))
+            pooled = word_scores(outputs, item, queries[-1])
             missing += sum(map(math.isnan, pooled))
             words.append([MISSING_WORD_SCORE if math.isnan(score) else score for score in pooled])
-            queries.append(sentence_scores(scores, item, len(split_queries(response))))
         return RewardScores(words, queries, missing)
 
 
-def sentence_scores(expected: torch.Tensor, encoded: EncodedResponse, num_queries: int) -> list[float]:
-    """What the global loss trains: the mean of `expected` (T,) over a query's word tokens, halved; 0 for no token."""
+def word_scores(logits: torch.Tensor, encoded: EncodedResponse, queries: Sequence[float]) -> list[float]:
+    """Each word's score in 0..2, NaN for one without a token; logits (T, N), `queries` the scores of its lines."""
+    if judges_words(logits):
+        token_scores = expected_score(logits).tolist()
+    else:
+        token_scores = [0.0 if line == NO_LINE else MAX_SCORE * queries[line] for line in query_index(encoded)]
+    return pool_token_scores(encoded.words, token_scores, encoded.spans, missing=math.nan)
+
+
+def sentence_scores(logits: torch.Tensor, encoded: EncodedResponse, num_queries: int) -> list[float]:
+    """What the global loss trains, from a response's outputs (T, N): `predicted_sentences`, 0 for a query without a
+    token."""
     index = torch.tensor([query_index(encoded)])
-    means, _ = query_means(expected.unsqueeze(0), index, num_queries)
-    return (means[0] / MAX_SCORE).tolist()
+    predicted, present = predicted_sentences(logits.unsqueeze(0), index, num_queries)
+    return predicted.masked_fill(~present, 0.0)[0].tolist()
 
 
 def query_index(encoded: EncodedResponse) -> list[int]:
@@ -92,8 +104,10 @@ def query_index(encoded: EncodedResponse) -> list[int]:
     return [encoded.words[owner].line if owner >= 0 else NO_LINE for owner in owners]
 
 
-def load_token_reward_model(path: str, options: ModelOptions, bidirectional: bool = False) -> PreTrainedModel:
-    """A token classifier with our three classes from any model folder or hub name that has one.
+def load_token_reward_model(
+    path: str, options: ModelOptions, bidirectional: bool = False, heads: str = "token"
+) -> PreTrainedModel:
+    """A token classifier with the outputs of `heads` (see `HEAD_OUTPUTS`) from any model folder or hub name with one.
 
     A causal language model (step 1's) or another classifier gets a new head. `bidirectional` makes a decoder read both
     ways, so that a word is judged in the light of those after it. The setting is saved with the model, so a folder of
@@ -105,8 +119,9 @@ def load_token_reward_model(path: str, options: ModelOptions, bidirectional: boo
     check_attention(options.attn_implementation, options.dtype)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
-        config.num_labels = NUM_CLASSES
-        config.id2label, config.label2id = LABEL_NAMES, {name: label for label, name in LABEL_NAMES.items()}
+        names = output_names(heads)
+        config.num_labels = len(names)
+        config.id2label, config.label2id = names, {name: label for label, name in names.items()}
         if bidirectional:
             config.is_causal = False  # what transformers builds its attention masks by
         model, report = AutoModelForTokenClassification.from_pretrained(
@@ -126,6 +141,12 @@ def load_token_reward_model(path: str, options: ModelOptions, bidirectional: boo
     return model
 
 
+def output_names(heads: str) -> dict[int, str]:
+    """The model's outputs by index, as its configuration names them."""
+    names = [] if heads == "sentence" else [*LABEL_NAMES]
+    return dict(enumerate(names if heads == "token" else [*names, SENTENCE_NAME]))
+
+
 def reads_both_ways(model: PreTrainedModel) -> bool:
     """Whether `model` is a decoder that was made bidirectional."""
     return not getattr(model.config, "is_causal", True)
@@ -136,10 +157,11 @@ def load_token_reward_scorer(path: str, options: ModelOptions) -> TokenRewardMod
     folder = Path(path)
     if not (folder / SETTINGS_NAME).is_file():
         raise InputError(f"{path}: no token reward model (no {SETTINGS_NAME}); give the model folder that step 2 wrote")
-    settings = RewardInputOptions(**read_json(folder / SETTINGS_NAME)["inputs"])
+    saved = read_json(folder / SETTINGS_NAME)
+    settings = RewardInputOptions(**saved["inputs"])
     if settings.prompt_template == TEMPLATE_NAME:
         settings = RewardInputOptions(**asdict(settings) | {"prompt_template": str(folder / TEMPLATE_NAME)})
-    model = load_token_reward_model(path, options)
+    model = load_token_reward_model(path, options, heads=saved.get("heads", "token"))
     tokenizer = load_fast_tokenizer(path, options.trust_remote_code)
     return TokenRewardModel(model.eval(), RewardEncoder(tokenizer, settings, model))
 
