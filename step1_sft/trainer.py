@@ -19,9 +19,10 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     `logits` `(B, T, V)`, `targets` `(B, T)` ids; position t is predicted from the logits at t-1. Returns `(B, T-1)` in
     nats, 0 where the target is `IGNORE_LABEL`.
     """
-    return cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), targets[:, 1:], reduction="none", ignore_index=IGNORE_LABEL
-    )
+    # Flat, because a softmax over a strided dimension takes twice as long.
+    predicted, wanted = logits[:, :-1].float(), targets[:, 1:]
+    flat = cross_entropy(predicted.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=IGNORE_LABEL)
+    return flat.view_as(wanted)
 
 
 def token_weights(labels: torch.Tensor, attention_mask: torch.Tensor, prompt_loss_weight: float) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from common.config import ModelOptions
 from common.models.sequences import SequenceBatch, forward_arguments
@@ -40,10 +40,21 @@ class ValueModel(nn.Module):
 
 
 def load_value_model(path: str | Path, options: ModelOptions) -> ValueModel:
-    """A critic on the trunk of the model at `path` (a causal language model's folder), with a fresh value head."""
+    """A critic on the trunk of the model at `path`, with a fresh value head.
+
+    The folder is a causal language model's, or a reward model's made of one: if that reads both ways, the critic does
+    not, because a value may not know the tokens to come.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+    if getattr(config, "is_causal", True) is False:
+        config.is_causal = True
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     trunk = AutoModel.from_pretrained(
-        path, dtype=dtype, attn_implementation=options.attn_implementation, trust_remote_code=options.trust_remote_code
+        path,
+        config=config,
+        dtype=dtype,
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
     )
     model = ValueModel(trunk)
     model.value_head.to(dtype)
