@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,9 +36,12 @@ class MetricsFile:
         if self.path.exists():
             self._keep_steps_below(first_step)
 
-    def append(self, step: int, scalars: dict[str, float]) -> None:
-        """Write and flush one line; NaN and infinity are written as null."""
-        row = {key: value if abs(value) < float("inf") else None for key, value in scalars.items()}
+    def append(self, step: int, values: Mapping[str, float | Sequence[float]]) -> None:
+        """Write and flush one line of numbers or lists of them; a number that is NaN or infinite is written as null."""
+        row = {
+            key: value if isinstance(value, Sequence) or abs(value) < float("inf") else None
+            for key, value in values.items()
+        }
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **row}) + "\n")
 
@@ -49,14 +52,17 @@ class MetricsFile:
 
 
 class Tracker:
-    """Scalars and texts of a run under `output_dir`: `tensorboard/` and `metrics.jsonl`. Silent off rank 0."""
+    """Scalars and texts of a run under `output_dir`: `tensorboard/`, `metrics.jsonl`, and `profiles.jsonl` for what is
+    measured along a response. Silent off rank 0."""
 
     def __init__(self, output_dir: str | Path, *, tensorboard: bool, first_step: int = 0) -> None:
         self._metrics: MetricsFile | None = None
+        self._profiles: MetricsFile | None = None
         self._writer: SummaryWriter | None = None
         if not is_main_process():
             return
         self._metrics = MetricsFile(Path(output_dir) / "metrics.jsonl", first_step)
+        self._profiles = MetricsFile(Path(output_dir) / "profiles.jsonl", first_step)
         if tensorboard:
             # purge_step hides the points that a killed run wrote after the checkpoint we resume from.
             self._writer = SummaryWriter(str(Path(output_dir) / "tensorboard"), purge_step=first_step or None)
@@ -68,6 +74,11 @@ class Tracker:
         if self._writer is not None:
             for key, value in values.items():
                 self._writer.add_scalar(key, value, step)
+
+    def profiles(self, step: int, values: Mapping[str, Sequence[float]]) -> None:
+        """Log lists that run along the places of a response."""
+        if self._profiles is not None:
+            self._profiles.append(step, values)
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         """Log a Markdown text; whatever comes from a log or a model must be escaped by the caller."""

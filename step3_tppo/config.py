@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from common.config import LoraOptions, ModelOptions, RunOptions, ZeroOptions, option
 from common.errors import InputError
+from common.feedback.load import ANNOTATORS
 
 
 @dataclass
@@ -45,9 +46,22 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
     gamma: float = option(1.0, "Discount.")
     lam: float = option(0.95, "Lambda of generalised advantage estimation.")
     clip_range: float = option(0.2, "PPO's epsilon for the policy.")
+    clip_range_high: float = option(0.0, "Epsilon above 1 (clip-higher, DAPO: 0.28); 0: the same as clip_range.")
+    dual_clip: float = option(0.0, "c > 1: bounds a negative advantage's objective at c A (verl: 3); 0: off.")
+    entropy_coef: float = option(0.0, "Weight of the policy's entropy as a bonus in the loss.")
     value_clip_range: float = option(0.2, "Epsilon of the clipped value loss.")
     whiten_advantages: bool = option(True, "Whiten advantages over the response tokens of all ranks.")
-    kl_coef: float = option(0.08, "beta: cost of each token's log pi - log pi_ref in the reward.")
+    kl_coef: float = option(0.08, "beta: cost of a nat of KL to the reference, at each token.")
+    kl_in: str = option(
+        "reward", "Where the KL stands: in each token's reward (paper), or as a term of the policy's loss.",
+        choices=["reward", "loss"],
+    )
+    kl_estimator: str = option(
+        "k1", "The KL of a sampled token; k1 in the reward, k2 (its gradient is the KL's) or k3 in the loss.",
+        choices=["k1", "k2", "k3"],
+    )
+    kl_target: float = option(0.0, "Steer kl_coef to this KL, in nats a response (Ziegler et al.); 0: keep it.")
+    kl_horizon: int = option(10_000, "With kl_target: responses over which a KL 20 % off changes kl_coef by 20 %.")
     target_kl: float = option(0.1, "Skip what is left of a rollout's updates once approx_kl exceeds it; 0: never.")
 
     reward_level: str = option(
@@ -59,9 +73,26 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
     )
     centre_rewards: bool = option(True, "Score 0..2 becomes -1..1: an all-positive reward pays for length.")
     normalise_rewards: bool = option(True, "Divide by the query's words: long queries are not worth more.")
+    reward_scale: float = option(1.0, "Factor on all rewards but the KL's.")
+    reward_norm: str = option(
+        "none", "Divide rewards by their running deviation (running), or whiten them at each place (position).",
+        choices=["none", "running", "position"],
+    )
     length_alpha: float = option(0.9, "Length-weighted penalty: factor for each token past the suggested length.")
     suggested_length: int = option(0, "sl, in tokens a query; 0: the median over the training targets (paper).")
+    sentence_coef: float = option(
+        0.0, "Weight of the reward model's sentence score (-1..1 when centred), added at each query's last token."
+    )
     list_cost: float = option(1.0, "Cost of each missing line, and of a missing EOS.")
+
+    monitor: str = option(
+        "", "Annotator that judges every rollout beside the reward model: judge/* in TensorBoard.",
+        choices=["", *ANNOTATORS],
+    )
+    truth: str = option("", "For the monitor simulated: truth.jsonl of the embedded log.")
+    monitor_margin: float = option(
+        0.0, "Stop once the judged relevance rate is this far below its best although the reward is not; 0: never."
+    )
 
     hybrid_weights: str = option(
         "gathered", "Weights during rollout under ZeRO-3: gathered (fast) or sharded (little memory).",
@@ -79,11 +110,20 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
         positive = (
             "num_queries", "max_prompt_tokens", "max_response_tokens", "total_steps", "rollout_batch_size",
             "samples_per_prompt", "mini_batch_size", "micro_batch_size", "scoring_batch_size", "ppo_epochs",
-            "temperature", "save_steps", "keep_checkpoints", "sample_steps",
+            "temperature", "kl_horizon", "reward_scale", "save_steps", "keep_checkpoints", "sample_steps",
         )
         for name in positive:
             if getattr(self, name) <= 0:
                 raise InputError(f"--{name} must be positive, not {getattr(self, name)}")
+        for name in ("kl_coef", "clip_range_high", "entropy_coef", "kl_target", "sentence_coef"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name} must not be negative, but is {getattr(self, name)}")
+        if self.monitor_margin > 0 and not self.monitor:
+            raise InputError("--monitor_margin needs --monitor: without a judge there is nothing to compare with")
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise InputError("--kl_in loss needs --kl_estimator k2 or k3: k1 as a loss has no gradient in expectation")
+        if 0 < self.dual_clip <= 1:
+            raise InputError(f"--dual_clip must be above 1, or 0 for none, not {self.dual_clip}")
         _check_divides("rollout_batch_size", self.rollout_batch_size, world_size, "the number of ranks")
         per_step = self.micro_batch_size * world_size
         _check_divides("mini_batch_size", self.mini_batch_size, per_step, "micro_batch_size x the number of ranks")

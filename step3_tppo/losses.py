@@ -7,13 +7,15 @@ in a long (OpenRLHF `utils/loss_utils.py`, issue 1249); see `token_denominator`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from common.engine.distributed import sum_over_ranks, world_size
 
 MAX_LOG_RATIO = 20.0
+
+KLEstimator = Literal["k1", "k2", "k3"]
 
 
 class PolicyLoss(NamedTuple):
@@ -49,21 +51,29 @@ def policy_loss(
     mask: torch.Tensor,
     clip_range: float,
     tokens: torch.Tensor,
+    clip_range_high: float = 0.0,
+    dual_clip: float = 0.0,
 ) -> PolicyLoss:
-    """`-sum m min(rho A, clip(rho, 1-eps, 1+eps) A) / tokens`, `rho = exp(logprob - old logprob)`.
+    """`-sum m min(rho A, clip(rho, 1-eps, 1+eps_high) A) / tokens`, `rho = exp(logprob - old logprob)`.
 
-    `approx_kl` is `(rho - 1) - log rho` (k3; Schulman 2020, as in CleanRL). The log ratio is clamped to +-20.
+    `clip_range_high` is eps_high (clip-higher, DAPO 2025), 0 for eps. `dual_clip` c > 1 keeps the objective of a
+    negative advantage at `c A` or above (Ye et al. 2020, equation 5): a ratio far above 1 would make it unbounded; 0
+    leaves that out. `approx_kl` is `(rho - 1) - log rho` (k3; Schulman 2020, as in CleanRL). The log ratio is clamped
+    to +-20.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     advantages = torch.where(mask, advantages, 0.0)
     unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    clipped = ratio.clamp(1 - clip_range, 1 + (clip_range_high or clip_range)) * advantages
+    objective = torch.minimum(unclipped, clipped)
+    if dual_clip > 0:
+        objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
     with torch.no_grad():
         approx_kl = torch.where(mask, ratio - 1 - log_ratio, 0.0).sum()
-        active = (clipped < unclipped).sum()
+        active = (objective != unclipped).sum()
         max_ratio = torch.where(mask, ratio, 0.0).max()
-    return PolicyLoss(-torch.minimum(unclipped, clipped).sum() / tokens, active, approx_kl, max_ratio)
+    return PolicyLoss(-objective.sum() / tokens, active, approx_kl, max_ratio)
 
 
 def value_loss(
@@ -86,4 +96,21 @@ def value_loss(
 
 def k1_kl(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """`log pi - log pi_ref` of each sampled token: an unbiased estimate of the KL when it stands in the reward."""
-    return torch.where(mask, logprobs - reference_logprobs, 0.0)
+    return kl_estimate(logprobs, reference_logprobs, mask, "k1")
+
+
+def kl_estimate(
+    logprobs: torch.Tensor, reference_logprobs: torch.Tensor, mask: torch.Tensor, estimator: KLEstimator
+) -> torch.Tensor:
+    """Estimate of `KL(pi || pi_ref)` at each sampled token (Schulman 2020), 0 where masked; d = log pi - log pi_ref.
+
+    `k1` is d, `k2` is d^2 / 2, `k3` is exp(-d) - 1 + d. As a value k1 and k3 are unbiased; as a **loss** k2 has the
+    gradient of the KL, k1 has none in expectation and k3 that of the reversed KL. d is clamped to +-20.
+    """
+    difference = torch.where(mask, logprobs - reference_logprobs, 0.0)
+    if estimator == "k1":
+        return difference
+    difference = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if estimator == "k2":
+        return 0.5 * difference.square()
+    return torch.expm1(-difference) + difference

@@ -21,11 +21,13 @@ from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.engine import distributed
 from common.errors import InputError, run_command
+from common.feedback.load import load_annotator
 from common.files import claim_output_dir, write_json
 from common.models.loading import load_tokenizer
 from step3_tppo.config import Step3Config
 from step3_tppo.export import export_models
 from step3_tppo.models import build_models
+from step3_tppo.monitor import RolloutMonitor
 from step3_tppo.rollout import RolloutMaker, reward_options
 from step3_tppo.trainer import TPPOTrainer
 
@@ -50,7 +52,7 @@ def main() -> None:
 
     models = build_models(config, tokenizer)
     make_rollout = RolloutMaker(models, prompts, reward_options(config, length), config, device)
-    TPPOTrainer(config, models, make_rollout, examples, device).train()
+    TPPOTrainer(config, models, make_rollout, examples, device, load_monitor(config)).train()
 
     export_models(models, tokenizer, config)
     distributed.on_main_first(lambda: report(config, time.perf_counter() - begun))
@@ -65,6 +67,13 @@ def claim(config: Step3Config) -> None:
         overwrite=config.overwrite,
         may_differ=MAY_DIFFER_ON_RESUME,
     )
+
+
+def load_monitor(config: Step3Config) -> RolloutMonitor | None:
+    """The annotator that judges rollouts, if there is to be one."""
+    if not config.monitor:
+        return None
+    return RolloutMonitor(load_annotator(config.monitor, truth_path=config.truth), config.num_queries)
 
 
 def median_query_tokens(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> int:

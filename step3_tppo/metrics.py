@@ -12,7 +12,7 @@ from common.evaluation.report import escape
 from common.text import normalise, split_queries
 from step3_tppo.rollout import Rollout, part_tensor
 
-REWARD_PARTS = ("model", "length_penalty", "guard")
+REWARD_PARTS = ("model", "sentence", "length_penalty", "guard")
 UPDATE_SUMS = ("policy_loss", "value_loss", "policy_clipped", "value_clipped", "approx_kl", "tokens", "steps")
 
 
@@ -88,6 +88,20 @@ def phase_metrics(seconds: dict[str, float], tokens: torch.Tensor) -> dict[str, 
         f"tokens_per_second/{name}": all_tokens / metrics[f"seconds/{name}"] for name in ("generate", "update", "step")
     }
     return metrics | throughput
+
+
+def position_profiles(
+    rewards: torch.Tensor, values: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, max_tokens: int
+) -> dict[str, list[float]]:
+    """Where credit falls: at each place of a response the `tokens` there, and over them the means of `reward`, `value`
+    and `credit`, the advantage's magnitude; lists of `max_tokens`. All tensors are (B, T); every rank must call it."""
+    columns = [torch.where(mask, row, 0).double().sum(0) for row in (mask, rewards, values, advantages.abs())]
+    places = torch.zeros(len(columns), max_tokens, dtype=torch.float64, device=mask.device)
+    places[:, : mask.shape[1]] = torch.stack(columns)
+    tokens, *sums = sum_over_ranks(places)
+    names = ("reward", "value", "credit")
+    means = {name: (total / tokens.clamp(min=1)).tolist() for name, total in zip(names, sums, strict=True)}
+    return {"tokens": tokens.tolist(), **means}
 
 
 def samples_markdown(rollout: Rollout, limit: int = 4) -> str:

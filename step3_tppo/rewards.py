@@ -24,6 +24,7 @@ class RewardOptions:
 
     `num_queries` is k, the number of queries asked for. `suggested_length` (tokens) and `length_alpha` make the
     length-weighted penalty; alpha 1 switches it off. `list_cost` is the price of a missing line or a missing EOS.
+    `sentence_coef` is the weight of each query's sentence score, which stands at the query's last token.
     """
 
     num_queries: int
@@ -34,36 +35,44 @@ class RewardOptions:
     normalise: bool = True
     length_alpha: float = 0.9
     list_cost: float = 1.0
+    sentence_coef: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRewards:
-    """Reward per token (T,) in its parts, which add up: the reward model's, the length penalty's, the list guards'."""
+    """Reward per token (T,) in its parts, which add up: the reward model's of words and of sentences, the length
+    penalty's, the list guards'."""
 
     model: list[float]
+    sentence: list[float]
     length_penalty: list[float]
     guard: list[float]
     query_of_token: list[int]
 
     @property
     def total(self) -> list[float]:
-        """Sum of the three parts, (T,)."""
-        parts = zip(self.model, self.length_penalty, self.guard, strict=True)
-        return [model + penalty + guard for model, penalty, guard in parts]
+        """Sum of the parts, (T,)."""
+        return [sum(parts) for parts in zip(self.model, self.sentence, self.length_penalty, self.guard, strict=True)]
 
 
 def token_rewards(
-    decoded: DecodedTokens, word_scores: Sequence[float], finished: bool, options: RewardOptions
+    decoded: DecodedTokens,
+    word_scores: Sequence[float],
+    query_scores: Sequence[float],
+    finished: bool,
+    options: RewardOptions,
 ) -> TokenRewards:
     """Rewards of one response's tokens.
 
     `decoded` holds the response's text and each token's span (EOS included, with an empty span), `word_scores` the
-    reward model's score in 0..2 of each word of `split_words(decoded.text)`. With share s_t of a word in token t
-    (`split`: the part of its characters; `copy`: 1), the word's score e, the place i of the token in its query and
-    n the words (`copy`: word tokens) of the query: `r_t = s_t (e alpha^max(0, i - sl) - 1) / n`; the `- 1` and the
-    `/ n` are scale control. A query that repeats an earlier one or stands past the k-th is worth the worst score in
-    every word, a line without a word the worst score as a whole; a missing line or EOS costs `list_cost` at the
-    last token.
+    reward model's score in 0..2 of each word of `split_words(decoded.text)`, `query_scores` its sentence score in 0..1
+    of each line. With share s_t of a word in token t (`split`: the part of its characters; `copy`: 1), the word's
+    score e, the place i of the token in its query and n the words (`copy`: word tokens) of the query:
+    `r_t = s_t (e alpha^max(0, i - sl) - 1) / n`; the `- 1` and the `/ n` are scale control. A query's sentence score s
+    adds `sentence_coef (2 s - 1)` at its last token. A query that repeats an earlier one is worth the worst score in
+    every word. So is one past the k-th, but all of it is charged to the line break that began it: there the list
+    should have ended. A line without a word costs the worst score where it ends, a missing line or EOS `list_cost` at
+    the last token.
     """
     text, spans = decoded
     words = split_words(text)
@@ -71,9 +80,10 @@ def token_rewards(
     shares = spread_word_scores(words, [1.0] * len(words), spans, options.spread)
     values = spread_word_scores(words, word_scores, spans, options.spread)
     bad = _bad_queries(text, options.num_queries)
+    begun_by = {line: _token_at(decoded, start - 1) for line, start in enumerate(_line_starts(text))}
     centre = MAX_WORD_SCORE / 2 if options.centre else 0.0
     scale = _scales(shares, lines, options.normalise)
-    model, penalty, guard = ([0.0] * len(spans) for _ in range(3))
+    model, sentence, penalty, guard = ([0.0] * len(spans) for _ in range(4))
     for t, (place, discount) in enumerate(_length_discounts(lines, options)):
         if place == 0:
             continue
@@ -82,11 +92,18 @@ def token_rewards(
         worst = -centre * shares[t] / scale[t]
         model[t] = scored
         if lines[t] in bad:
-            guard[t] = worst - scored
+            guard[t] -= scored
+            guard[_charged(t, lines[t], begun_by, options)] += worst
         else:
             penalty[t] = discounted - scored
+    for line, last in {line: t for t, line in enumerate(lines) if line != NO_LINE}.items():
+        worst = -options.sentence_coef * centre
+        sentence[last] = options.sentence_coef * MAX_WORD_SCORE * query_scores[line] + worst
+        if line in bad:
+            guard[last] -= sentence[last]
+            guard[_charged(last, line, begun_by, options)] += worst
     _charge_list_errors(guard, decoded, finished, centre, options)
-    parts = TokenRewards(model, penalty, guard, lines)
+    parts = TokenRewards(model, sentence, penalty, guard, lines)
     return _moved(parts, options.level)
 
 
@@ -100,6 +117,16 @@ def _bad_queries(text: str, num_queries: int) -> set[int]:
             bad.add(index)
         seen.add(key)
     return bad
+
+
+def _charged(token: int, line: int, begun_by: dict[int, int], options: RewardOptions) -> int:
+    """Where the worst score of a bad query's token is charged: at the line break of a query too many, else there."""
+    return begun_by[line] if line >= options.num_queries else token
+
+
+def _line_starts(text: str) -> list[int]:
+    """Where each line of `text` begins, in characters."""
+    return [0, *(index + 1 for index, char in enumerate(text) if char == "\n")]
 
 
 def _length_discounts(lines: Sequence[int], options: RewardOptions) -> list[tuple[int, float]]:
@@ -160,7 +187,7 @@ def _moved(rewards: TokenRewards, level: RewardLevel) -> TokenRewards:
         for t, line in enumerate(rewards.query_of_token)
     ]
     return TokenRewards(
-        *(_summed(part, place) for part in (rewards.model, rewards.length_penalty, rewards.guard)),
+        *(_summed(part, place) for part in (rewards.model, rewards.sentence, rewards.length_penalty, rewards.guard)),
         rewards.query_of_token,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,15 +23,17 @@ from step3_tppo.rewards import RewardOptions, TokenRewards, token_rewards
 class Rollout:
     """What one rank sampled in a step and what the models say of it; tensors are (B, T) over response tokens.
 
-    `rewards` is the sum of the parts `model`, `length_penalty` and `guard` of `parts`, without KL.
+    `word_scores` are the reward model's, `rewards` is the sum of the parts of `parts`, without KL.
     """
 
     examples: list[Example]
     generated: list[Generated]
     decoded: list[DecodedTokens]
+    word_scores: list[list[float]]
     parts: list[TokenRewards]
     batch: SequenceBatch
     old_logprobs: torch.Tensor
+    reference_logprobs: torch.Tensor
     entropy: torch.Tensor
     kl: torch.Tensor
     values: torch.Tensor
@@ -84,18 +86,22 @@ class RolloutMaker:
             with self._models.reference.inference() as module:
                 reference = self._scores(module, batch)
         with self._models.critic.inference() as module:
-            values = torch.cat([module(part) for part in self._chunks(batch)])
+            values, = self._by_chunks(batch, lambda part: (module(part),))
         clock.lap("reference_critic_scoring")
         decoded = [self._decoder(ids) for ids in responses]
-        parts = self._token_rewards(examples, generated, decoded)
+        words, queries = self._reward_scores(examples, generated)
+        rows = zip(decoded, words, queries, generated, strict=True)
+        parts = [token_rewards(text, *scores, response.finished, self._rewards) for text, *scores, response in rows]
         clock.lap("reward_scoring")
         return Rollout(
             examples=list(examples),
             generated=generated,
             decoded=decoded,
+            word_scores=words,
             parts=parts,
             batch=batch,
             old_logprobs=old.logprobs,
+            reference_logprobs=reference.logprobs,
             entropy=old.entropy,
             kl=k1_kl(old.logprobs, reference.logprobs, batch.response_mask),
             values=values,
@@ -105,28 +111,40 @@ class RolloutMaker:
 
     def _scores(self, module: torch.nn.Module, batch: SequenceBatch) -> TokenScores:
         temperature = self._config.temperature
-        chunks = [response_scores(module, module, part, temperature) for part in self._chunks(batch)]
-        return TokenScores(*(torch.cat(tensors) for tensors in zip(*chunks, strict=True)))
+        return TokenScores(*self._by_chunks(batch, lambda part: response_scores(module, module, part, temperature)))
 
-    def _chunks(self, batch: SequenceBatch) -> list[SequenceBatch]:
-        """Row blocks of the scoring batch size, not trimmed: all keep the width of the whole."""
-        size = self._config.scoring_batch_size
-        rows = len(batch.input_ids)
-        return [SequenceBatch(*(tensor[start : start + size] for tensor in batch)) for start in range(0, rows, size)]
+    def _by_chunks(
+        self, batch: SequenceBatch, forward: Callable[[SequenceBatch], Sequence[torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """What `forward` gives for each row, (B, T) tensors, 0 past a row's end; rows go in by length.
 
-    def _token_rewards(
-        self, examples: Sequence[Example], generated: Sequence[Generated], decoded: Sequence[DecodedTokens]
-    ) -> list[TokenRewards]:
+        The number of blocks follows from the number of rows, so that it is the same on every rank.
+        """
+        results: list[torch.Tensor] = []
+        rows = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
+        for block in batch.by_length(rows, self._config.scoring_batch_size):
+            for place, scores in enumerate(forward(batch.rows(block))):
+                if place == len(results):
+                    results.append(torch.zeros_like(batch.response_mask, dtype=scores.dtype))
+                results[place][block, : scores.shape[1]] = scores
+        return results
+
+    def _reward_scores(
+        self, examples: Sequence[Example], generated: Sequence[Generated]
+    ) -> tuple[list[list[float]], list[list[float]]]:
+        """The reward model's scores of each response's words and of its queries."""
         size = self._config.scoring_batch_size
-        scores: list[list[float]] = []
+        words: list[list[float]] = []
+        queries: list[list[float]] = []
         with self._models.reward.inference():
             for start in range(0, len(examples), size):
                 chunk = slice(start, start + size)
-                scores += self._models.scorer.score_words(
+                scores = self._models.scorer.score(
                     [example.history for example in examples[chunk]], [response.text for response in generated[chunk]]
                 )
-        rows = zip(decoded, scores, generated, strict=True)
-        return [token_rewards(text, words, response.finished, self._rewards) for text, words, response in rows]
+                words += scores.words
+                queries += scores.queries
+        return words, queries
 
 
 def reward_options(config: Step3Config, suggested_length: int) -> RewardOptions:
@@ -140,11 +158,12 @@ def reward_options(config: Step3Config, suggested_length: int) -> RewardOptions:
         normalise=config.normalise_rewards,
         length_alpha=config.length_alpha,
         list_cost=config.list_cost,
+        sentence_coef=config.sentence_coef,
     )
 
 
 def part_tensor(rollout: Rollout, name: str) -> torch.Tensor:
-    """One part of the rewards (`model`, `length_penalty` or `guard`) as (B, T)."""
+    """One part of the rewards (a field of `TokenRewards`) as (B, T)."""
     return _padded([getattr(part, name) for part in rollout.parts], rollout.batch.response_mask)
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -14,16 +14,34 @@ import torch
 from common.data.records import Example
 from common.engine import checkpoint, distributed
 from common.errors import TrainingDiverged
-from common.models.sequences import response_scores
+from common.models.sequences import TokenScores, response_scores
 from common.tracking import Tracker, progress
 from step3_tppo.advantages import generalized_advantages, whiten
 from step3_tppo.config import Step3Config
-from step3_tppo.losses import policy_loss, token_denominator, value_loss
-from step3_tppo.metrics import UPDATE_SUMS, phase_metrics, rollout_metrics, samples_markdown, update_metrics
+from step3_tppo.kl_control import KLController
+from step3_tppo.losses import kl_estimate, policy_loss, token_denominator, value_loss
+from step3_tppo.metrics import (
+    UPDATE_SUMS,
+    phase_metrics,
+    position_profiles,
+    rollout_metrics,
+    samples_markdown,
+    update_metrics,
+)
 from step3_tppo.models import Models
+from step3_tppo.monitor import OverOptimisation, RolloutMonitor
+from step3_tppo.normalisation import RewardNormaliser
 from step3_tppo.rollout import Rollout, RolloutMaker
 
 MAX_SEED = 2**31
+
+
+class StepResult(NamedTuple):
+    """What a step leaves to be logged: numbers, lists along the places of a response, and the rollout itself."""
+
+    scalars: dict[str, float]
+    profiles: dict[str, list[float]]
+    rollout: Rollout
 
 
 class TPPOTrainer:
@@ -38,13 +56,18 @@ class TPPOTrainer:
         make_rollout: RolloutMaker,
         examples: Sequence[Example],
         device: torch.device,
+        monitor: RolloutMonitor | None = None,
     ) -> None:
         self._config = config
         self._models = models
         self._make_rollout = make_rollout
         self._examples = examples
         self._device = device
+        self._kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+        self._normalise = RewardNormaliser(config.reward_norm, config.max_response_tokens)
         self._checkpoints = Path(config.output_dir) / "checkpoints"
+        self._monitor = monitor
+        self._over_optimised = OverOptimisation(config.monitor_margin)
         self._order_made: tuple[int, list[int]] = (-1, [])
 
     def train(self) -> None:
@@ -55,36 +78,52 @@ class TPPOTrainer:
         try:
             for step in range(first, self._config.total_steps):
                 self._set_learning_rates(step)
-                scalars, rollout = self._step(step)
+                scalars, profiles, rollout = self._step(step)
                 tracker.scalars(step, scalars)
+                tracker.profiles(step, profiles)
                 if step % self._config.sample_steps == 0:
                     tracker.text(step, "samples", samples_markdown(rollout))
                 bar.set_postfix_str(
                     f"score {scalars['reward/score_per_response']:+.2f}  kl {scalars['kl/per_sequence']:.2f}"
                 )
                 bar.update()
-                if (step + 1) % self._config.save_steps == 0 or step + 1 == self._config.total_steps:
+                stop = self._monitor is not None and self._over_optimised(
+                    scalars["judge/relevance_rate"], scalars["reward/score_per_response"]
+                )
+                if stop or (step + 1) % self._config.save_steps == 0 or step + 1 == self._config.total_steps:
                     self._save(step + 1)
+                if stop:
+                    bar.write(f"stopped after step {step}: the judge's relevance rate fell while the reward did not")
+                    break
         finally:
             bar.close()
             tracker.close()
 
-    def _step(self, step: int) -> tuple[dict[str, float], Rollout]:
+    def _step(self, step: int) -> StepResult:
         """One rollout and its updates; returns what to log."""
         config = self._config
         rollout = self._make_rollout(self._examples_of(step), seed=self._seed(step, distributed.rank()))
         mask = rollout.batch.response_mask
-        rewards = rollout.rewards - config.kl_coef * rollout.kl
+        beta = self._kl.coef
+        rewards = config.reward_scale * self._normalise(rollout.rewards, mask)
+        if config.kl_in == "reward":
+            kl = kl_estimate(rollout.old_logprobs, rollout.reference_logprobs, mask, config.kl_estimator)
+            rewards = rewards - beta * kl
         advantages, returns = generalized_advantages(rewards, rollout.values, mask, config.gamma, config.lam)
-        scalars = rollout_metrics(rollout, returns, advantages, config.kl_coef, config.num_queries)
+        scalars = rollout_metrics(rollout, returns, advantages, beta, config.num_queries)
+        scalars["kl/coef"] = beta
+        if self._monitor is not None:
+            scalars |= self._monitor(rollout)
         _check_finite(torch.stack([rewards.sum(), rollout.values[mask].sum()]), step, "a reward or a value")
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)
+        profiles = position_profiles(rewards, rollout.values, advantages, mask, config.max_response_tokens)
         begun = time.perf_counter()
         scalars |= self._update(step, rollout, advantages, returns)
         seconds = rollout.seconds | {"update": time.perf_counter() - begun}
         scalars["policy/learning_rate"] = self._models.actor.engine.get_lr()[0]
-        return scalars | phase_metrics(seconds, mask.sum().double()), rollout
+        self._kl.update(scalars["kl/per_sequence"], config.rollout_batch_size * config.samples_per_prompt)
+        return StepResult(scalars | phase_metrics(seconds, mask.sum().double()), profiles, rollout)
 
     def _update(
         self, step: int, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor
@@ -119,7 +158,7 @@ class TPPOTrainer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One update of critic and actor from this rank's `rows`; sums in the order of `UPDATE_SUMS`, largest ratio."""
         config = self._config
-        micro_batches = rows.to(self._device).split(config.micro_batch_size)
+        micro_batches = rollout.batch.by_length(rows.to(self._device), config.micro_batch_size)
         tokens = token_denominator(rollout.batch.response_mask[rows], len(micro_batches))
         sums = dict.fromkeys(UPDATE_SUMS, torch.zeros((), dtype=torch.float64, device=self._device))
         sums["steps"] = sums["steps"] + 1
@@ -129,9 +168,9 @@ class TPPOTrainer:
         for micro in micro_batches:
             batch = rollout.batch.rows(micro)
             mask = batch.response_mask
-            old_values, old_logprobs, micro_advantages, micro_returns = (
+            old_values, old_logprobs, reference, micro_advantages, micro_returns = (
                 tensor[micro, : mask.shape[1]]
-                for tensor in (rollout.values, rollout.old_logprobs, advantages, returns)
+                for tensor in (rollout.values, rollout.old_logprobs, rollout.reference_logprobs, advantages, returns)
             )
             values = self._models.critic.engine(batch)
             critic = value_loss(values, old_values, micro_returns, mask, config.value_clip_range, tokens)
@@ -142,14 +181,37 @@ class TPPOTrainer:
             if step < config.critic_warmup_steps:
                 continue
             actor = self._models.actor
-            scores = response_scores(actor.engine, actor.module, batch, config.temperature)
-            policy = policy_loss(scores.logprobs, old_logprobs, micro_advantages, mask, config.clip_range, tokens)
-            self._backward(actor.engine, policy.loss, step)
+            scores = response_scores(
+                actor.engine, actor.module, batch, config.temperature, entropy_gradient=config.entropy_coef > 0
+            )
+            policy = policy_loss(
+                scores.logprobs,
+                old_logprobs,
+                micro_advantages,
+                mask,
+                config.clip_range,
+                tokens,
+                config.clip_range_high,
+                config.dual_clip,
+            )
+            self._backward(actor.engine, policy.loss + self._regulariser(scores, reference, mask, tokens), step)
             sums["policy_loss"] = sums["policy_loss"] + policy.loss.detach() / len(micro_batches)
             sums["policy_clipped"] = sums["policy_clipped"] + policy.clipped
             sums["approx_kl"] = sums["approx_kl"] + policy.approx_kl
             max_ratio = torch.maximum(max_ratio, policy.max_ratio)
         return torch.stack([sums[name].double() for name in UPDATE_SUMS]), max_ratio
+
+    def _regulariser(
+        self, scores: TokenScores, reference: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor | float:
+        """What the policy's loss has besides PPO's: the KL, when it stands there, less the entropy bonus."""
+        term: torch.Tensor | float = 0.0
+        if self._config.kl_in == "loss":
+            kl = kl_estimate(scores.logprobs, reference, mask, self._config.kl_estimator)
+            term = term + self._kl.coef * kl.sum() / tokens
+        if self._config.entropy_coef > 0:
+            term = term - self._config.entropy_coef * torch.where(mask, scores.entropy, 0.0).sum() / tokens
+        return term
 
     def _backward(self, engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor, step: int) -> None:
         """Backward pass and, at the end of the accumulation, the optimiser's step. Raises `TrainingDiverged`."""
@@ -192,13 +254,21 @@ class TPPOTrainer:
         return {"actor": self._models.actor.engine, "critic": self._models.critic.engine}
 
     def _save(self, step: int) -> None:
-        checkpoint.save_checkpoint(self._checkpoints, step, self._engines(), {}, self._config.keep_checkpoints)
+        state = {
+            "kl_coef": self._kl.coef,
+            "reward_sums": self._normalise.state(),
+            "monitored": self._over_optimised.state(),
+        }
+        checkpoint.save_checkpoint(self._checkpoints, step, self._engines(), state, self._config.keep_checkpoints)
 
     def _resume(self) -> int:
         found = checkpoint.list_checkpoints(self._checkpoints)
         if not found:
             return 0
         state: dict[str, Any] = checkpoint.load_checkpoint(found[-1], self._engines())
+        self._kl.coef = state["kl_coef"]
+        self._normalise.restore(state["reward_sums"])
+        self._over_optimised.restore(state["monitored"])
         return state["step"]
 
 

@@ -43,6 +43,12 @@ class SequenceBatch(NamedTuple):
         )
 
 
+    def by_length(self, index: torch.Tensor, size: int) -> list[torch.Tensor]:
+        """The rows `index` in blocks of at most `size`, sequences of similar length together: little padding."""
+        lengths = self.attention_mask.sum(1)[index]
+        return list(index[lengths.argsort(descending=True, stable=True)].split(size))
+
+
 class TokenScores(NamedTuple):
     """`logprobs` of the response tokens and `entropy` of the distributions they were drawn from, both (B, T) fp32."""
 
@@ -71,12 +77,16 @@ def pad_sequences(
 
 
 def response_scores(
-    forward: Callable[..., Any], module: nn.Module, batch: SequenceBatch, temperature: float
+    forward: Callable[..., Any],
+    module: nn.Module,
+    batch: SequenceBatch,
+    temperature: float,
+    entropy_gradient: bool = False,
 ) -> TokenScores:
     """Log-probs and entropies of the response tokens under the sampling distribution `softmax(logits / temperature)`.
 
     `forward` is what to call (a DeepSpeed engine, or the module itself), `module` the model behind it, asked what
-    its forward accepts. Softmax in fp32. Gradients flow to the log-probs, not to the entropy.
+    its forward accepts. Softmax in fp32. Gradients flow to the log-probs, and to the entropy if asked to.
     """
     length = batch.response_mask.shape[1]
     arguments = forward_arguments(module, batch)
@@ -85,7 +95,7 @@ def response_scores(
     logits = forward(**arguments).logits[:, -length - 1 : -1].float() / temperature
     log_probabilities = logits.log_softmax(-1)
     chosen = log_probabilities.gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
     return TokenScores(chosen, entropy)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from step3_tppo.losses import k1_kl, policy_loss, token_denominator, value_loss
+from step3_tppo.losses import k1_kl, kl_estimate, policy_loss, token_denominator, value_loss
 
 
 def test_policy_loss_by_hand() -> None:
@@ -76,3 +76,59 @@ def test_kl_of_a_policy_to_itself_is_zero_and_masked_elsewhere() -> None:
 def test_denominator_undoes_the_division_by_accumulation_steps() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     assert float(token_denominator(mask, 4)) == 3 / 4
+
+
+def _policy(ratios: list[float], advantages: list[float], **options: float) -> tuple[float, int, list[float]]:
+    """Loss times tokens, clipped tokens and gradient to the log-probs, of unmasked tokens with these ratios."""
+    new = torch.log(torch.tensor([ratios], dtype=torch.float64)).requires_grad_()
+    mask = torch.ones(1, len(ratios), dtype=torch.bool)
+    result = policy_loss(
+        new, torch.zeros_like(new), torch.tensor([advantages], dtype=torch.float64), mask, 0.2, torch.tensor(1.0),
+        **options,
+    )
+    result.loss.backward()
+    return float(result.loss), int(result.clipped), new.grad[0].tolist()
+
+
+def test_clip_higher_moves_the_upper_bound_alone() -> None:
+    # Ratios 1.25 and 0.7: the upper bound 1.28 lets the first through, the lower one stays at 0.8.
+    assert _policy([1.25, 0.7], [1.0, -1.0]) == (pytest.approx(-(1.2 - 0.8)), 2, [0.0, 0.0])
+    loss, clipped, gradient = _policy([1.25, 0.7], [1.0, -1.0], clip_range_high=0.28)
+    assert (loss, clipped) == (pytest.approx(-(1.25 - 0.8)), 1)
+    assert gradient == pytest.approx([-1.25, 0.0])
+
+
+def test_dual_clip_bounds_negative_advantages_alone() -> None:
+    # A = -2 at ratio 5 would cost 10; c = 3 bounds it at 6. A = 2 at ratio 5 is clipped at 1.2 either way.
+    assert _policy([5.0, 5.0], [-2.0, 2.0])[0] == pytest.approx(10 - 2.4)
+    loss, clipped, gradient = _policy([5.0, 5.0], [-2.0, 2.0], dual_clip=3.0)
+    assert (loss, clipped) == (pytest.approx(6 - 2.4), 2)
+    assert gradient == [0.0, 0.0]
+    assert _policy([2.5], [-2.0], dual_clip=3.0)[0] == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize(("estimator", "expected"), [("k1", 0.7), ("k2", 0.245), ("k3", math.exp(-0.7) - 1 + 0.7)])
+def test_kl_estimates_by_hand(estimator: str, expected: float) -> None:
+    mask = torch.tensor([[True, False]])
+    estimate = kl_estimate(torch.tensor([[-1.0, float("nan")]]), torch.tensor([[-1.7, 0.0]]), mask, estimator)
+    assert estimate.tolist()[0] == pytest.approx([expected, 0.0], rel=1e-5)
+
+
+def test_kl_estimators_against_the_distributions() -> None:
+    """Over all outcomes: k1 and k3 have the KL as their mean, and k2 as a loss has the KL's gradient."""
+    logits = torch.tensor([0.3, -1.2, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.5, 0.1, -0.4, 0.0], dtype=torch.float64).log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    probabilities = logprobs.exp()
+    kl = (probabilities * (logprobs - reference)).sum()
+    (wanted,) = torch.autograd.grad(kl, logits, retain_graph=True)
+    mask = torch.ones(4, dtype=torch.bool)
+    for estimator in ("k1", "k3"):
+        mean = (probabilities * kl_estimate(logprobs, reference, mask, estimator)).sum()
+        assert float(mean) == pytest.approx(float(kl), rel=1e-12)
+    gradients = {}
+    for estimator in ("k1", "k2"):
+        loss = (probabilities.detach() * kl_estimate(logprobs, reference, mask, estimator)).sum()
+        (gradients[estimator],) = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert gradients["k2"].tolist() == pytest.approx(wanted.tolist(), rel=1e-10)
+    assert gradients["k1"].abs().max() < 1e-12

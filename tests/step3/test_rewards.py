@@ -10,9 +10,17 @@ from hypothesis import strategies as st
 
 from common.alignment import DecodedTokens
 from common.text import split_words
-from step3_tppo.rewards import RewardOptions, token_rewards
+from step3_tppo.rewards import RewardOptions, TokenRewards
+from step3_tppo.rewards import token_rewards as rewards_of
 
 PLAIN = RewardOptions(num_queries=2, suggested_length=99)
+
+
+def token_rewards(
+    decoded: DecodedTokens, words: list[float], finished: bool, options: RewardOptions, queries: tuple[float, ...] = ()
+) -> TokenRewards:
+    """The rewards of words alone, unless sentence scores are given."""
+    return rewards_of(decoded, words, queries or [0.0] * len(decoded.text.split("\n")), finished, options)
 
 
 def tokens(*pieces: str) -> DecodedTokens:
@@ -57,8 +65,26 @@ def test_length_penalty_discounts_tokens_past_the_suggested_length() -> None:
 def test_a_repeated_query_and_one_past_the_last_get_the_worst() -> None:
     decoded = tokens("a1", "\n", "A1!", "\n", "b2", "")
     rewards = token_rewards(decoded, [2.0, 2.0, 2.0], True, PLAIN)
-    assert rewards.total == pytest.approx([1, 0, -1, 0, -1, 0])
-    assert rewards.guard == pytest.approx([0, 0, -2, 0, -2, 0])
+    # The repeat is the worst in its own word; the third query is charged to the line break before it.
+    assert rewards.total == pytest.approx([1, 0, -1, -1, 0, 0])
+    assert rewards.guard == pytest.approx([0, 0, -2, -1, -1, 0])
+
+
+def test_the_sentence_score_stands_at_the_querys_last_token() -> None:
+    options = replace(PLAIN, sentence_coef=0.5)
+    rewards = token_rewards(RED_SHOES, SCORES, True, options, queries=(0.9, 0.25))
+    # 0.5 (2 * 0.9 - 1) and 0.5 (2 * 0.25 - 1)
+    assert rewards.sentence == pytest.approx([0, 0, 0.4, 0, 0, -0.25, 0])
+    assert rewards.model == token_rewards(RED_SHOES, SCORES, True, PLAIN).model
+    raw = token_rewards(RED_SHOES, SCORES, True, replace(options, centre=False), queries=(0.9, 0.25))
+    assert raw.sentence == pytest.approx([0, 0, 0.9, 0, 0, 0.25, 0])
+
+
+def test_a_bad_query_loses_its_sentence_score_too() -> None:
+    options = replace(PLAIN, sentence_coef=0.5)
+    rewards = token_rewards(tokens("a1", "\n", "A1!", "\n", "b2", ""), [2.0] * 3, True, options, queries=(1.0,) * 3)
+    # Worst words -1 and worst sentence -0.5: at the repeat itself, and at the break that began the third query.
+    assert rewards.total == pytest.approx([1.5, 0, -1.5, -1.5, 0, 0])
 
 
 def test_empty_line_missing_line_and_missing_end_are_charged() -> None:
@@ -95,9 +121,10 @@ def test_the_levels_differ_in_place_alone(
     decoded = tokens(*pieces, "") if finished else tokens(*pieces)
     words = split_words(decoded.text)
     scores = [data.draw(st.floats(0, 2)) for _ in words]
-    options = RewardOptions(num_queries=2, suggested_length=2, spread=spread, centre=centre)
+    options = RewardOptions(num_queries=2, suggested_length=2, spread=spread, centre=centre, sentence_coef=0.7)
+    queries = tuple(data.draw(st.floats(0, 1)) for _ in decoded.text.split("\n"))
     totals = [
-        sum(token_rewards(decoded, scores, finished, replace(options, level=level)).total)
+        sum(token_rewards(decoded, scores, finished, replace(options, level=level), queries).total)
         for level in ("token", "query", "response")
     ]
     assert totals == pytest.approx([totals[0]] * 3, abs=1e-9)

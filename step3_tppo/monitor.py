@@ -1,0 +1,95 @@
+"""Reward against judgement while the policy learns: is the reward model still to be trusted?
+
+A policy that has learnt to please the reward model keeps raising its reward after the answers have stopped getting
+better (Gao et al. 2023). An annotator that judges the rollouts themselves shows the gap, and may end the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from common.engine.distributed import sum_over_ranks
+from common.evaluation.summary import MEASURES, measure_table, score_rows
+from common.feedback.annotator import Annotator
+from step3_tppo.rollout import Rollout
+
+BINS = 10
+MAX_SCORE = 2.0
+WINDOW = 10
+
+
+class RolloutMonitor:
+    """Has an annotator judge each rollout. Every rank must call it."""
+
+    def __init__(self, annotator: Annotator, num_queries: int) -> None:
+        self._annotator = annotator
+        self._k = num_queries
+
+    def __call__(self, rollout: Rollout) -> dict[str, float]:
+        """`judge/...` scalars over all ranks.
+
+        `relevance_rate`, `mean_word_score`; `word_gap`, the reward model's mean word score less the judge's (0..2);
+        and `word_calibration_error`, the mean distance of the two within ten bins of the former, weighted by words.
+        """
+        rows = [{"response": response.text, "finished": response.finished, "tokens": len(response.ids)}
+                for response in rollout.generated]
+        scored = score_rows(rollout.examples, rows, self._annotator)
+        table = measure_table(rollout.examples, scored, self._k)
+        columns = [MEASURES.index(name) for name in ("relevance_rate", "mean_word_score")]
+        judged = [score for row in scored for line in row["words"] for score in line]
+        predicted = [score for scores in rollout.word_scores for score in scores]
+        means = torch.tensor([*table[:, columns].sum(0), len(rows)], dtype=torch.float64)
+        relevance, words, count = sum_over_ranks(means).tolist()
+        gap, error = calibration(predicted, judged)
+        return {
+            "judge/relevance_rate": relevance / count,
+            "judge/mean_word_score": words / count,
+            "judge/word_gap": gap,
+            "judge/word_calibration_error": error,
+        }
+
+
+class OverOptimisation:
+    """Tells when to stop: the judge's mean over ten steps has fallen by `margin` from its best, the reward's has not.
+
+    `margin` is in units of the relevance rate; 0 never stops.
+    """
+
+    def __init__(self, margin: float) -> None:
+        self._margin = margin
+        self._history: list[tuple[float, float]] = []
+
+    def __call__(self, relevance_rate: float, reward: float) -> bool:
+        """Learn one step's numbers; True when the run should end."""
+        self._history.append((relevance_rate, reward))
+        if self._margin <= 0 or len(self._history) < 2 * WINDOW:
+            return False
+        smooth = [
+            tuple(sum(column) / WINDOW for column in zip(*self._history[end - WINDOW : end], strict=True))
+            for end in range(WINDOW, len(self._history) + 1)
+        ]
+        best = max(smooth)
+        return best[0] - smooth[-1][0] > self._margin and smooth[-1][1] >= best[1]
+
+    def state(self) -> list[tuple[float, float]]:
+        """What a checkpoint must hold."""
+        return self._history
+
+    def restore(self, state: Sequence[Sequence[float]]) -> None:
+        """Go on from a checkpoint's `state()`."""
+        self._history = [(relevance, reward) for relevance, reward in state]
+
+
+def calibration(predicted: Sequence[float], judged: Sequence[int]) -> tuple[float, float]:
+    """Mean of predicted - judged, and its absolute value by bin of the predicted score, over the words of all ranks."""
+    scores = torch.tensor(predicted, dtype=torch.float64)
+    gaps = scores - torch.tensor(judged, dtype=torch.float64)
+    bins = (scores * BINS / MAX_SCORE).long().clamp(0, BINS - 1)
+    sums = torch.zeros(2, BINS, dtype=torch.float64)
+    sums[0].index_add_(0, bins, gaps)
+    sums[1].index_add_(0, bins, torch.ones_like(gaps))
+    gap_sums, counts = sum_over_ranks(sums)
+    words = counts.sum().clamp(min=1.0)
+    return float(gap_sums.sum() / words), float(gap_sums.abs().sum() / words)
