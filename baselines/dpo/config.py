@@ -1,0 +1,49 @@
+"""Settings of the DPO baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.config import option
+from common.engine.trainer_options import TrainerOptions, check_trainer_options
+from common.errors import InputError
+from common.models.loading import check_attention
+
+# What may change between a run and its continuation.
+MAY_DIFFER = frozenset(
+    {"resume", "overwrite", "tensorboard", "save_total_limit", "logging_steps", "per_device_eval_batch_size"}
+)
+
+
+@dataclass
+class DpoConfig(TrainerOptions):
+    """Baseline: direct preference optimisation of step 1's model on the sentence labels of its samples."""
+
+    model_name_or_path: str = option("", "The model that is tuned, also the reference: step 1's folder model/.")
+    pad_token: str = option("", "Pad token where the tokenizer has none: 'eos', or a token of its vocabulary.")
+    samples: str = option("", "The labelled responses: samples.jsonl, written by step 2's sample.py.")
+    labels: str = option("", "Their labels: labels.jsonl, written by step 2's label.py; sentence scores are read.")
+    prompt_template: str = option("plain", "The template of step 1.")
+    num_queries: int = option(3, "Queries a response, as in step 1.")
+    max_prompt_tokens: int = option(512, "Token budget of a prompt, as in step 1.")
+    beta: float = option(0.1, "Weight of the KL to the reference (the paper of DPO: 0.1 to 0.5).")
+    learning_rate: float = option(5e-7, "Peak learning rate of AdamW.")
+    num_train_epochs: float = option(1.0, "Passes over the pairs.")
+    per_device_train_batch_size: int = option(4, "Pairs a rank and a micro-batch.")
+    per_device_eval_batch_size: int = option(16, "Pairs a rank in evaluation.")
+    warmup_ratio: float = option(0.1, "Share of the steps in which the learning rate rises.")
+    lr_scheduler_type: str = option(
+        "linear", "How the learning rate falls.", choices=["cosine", "linear", "constant_with_warmup"]
+    )
+
+
+def check_config(config: DpoConfig) -> None:
+    """Raise `InputError` for settings that cannot work, before anything is loaded."""
+    check_attention(config.attn_implementation, config.dtype)
+    for name in ("model_name_or_path", "samples", "labels", "output_dir"):
+        if not getattr(config, name):
+            raise InputError(f"--{name} is missing")
+    for name in ("num_queries", "max_prompt_tokens", "beta"):
+        if getattr(config, name) <= 0:
+            raise InputError(f"--{name} must be above 0, not {getattr(config, name)}")
+    check_trainer_options(config)

@@ -1,0 +1,73 @@
+"""Baseline: DPO from the sentence labels of step 2's samples, on the model of step 1.
+
+    deepspeed --num_gpus 8 baselines/dpo/main.py --model_name_or_path outputs/my_run/step1_sft/model \\
+        --samples outputs/my_run/step2_token_reward/samples/samples.jsonl \\
+        --labels outputs/my_run/step2_token_reward/labels.jsonl --output_dir outputs/my_run/dpo
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from baselines.dpo.config import MAY_DIFFER, DpoConfig, check_config
+from baselines.dpo.pairs import PairCollator, build_pairs
+from baselines.dpo.trainer import DpoTrainer, add_reference
+from common.config import parse_config
+from common.data.prompts import PromptBuilder
+from common.engine import distributed
+from common.engine.trainer import last_complete_checkpoint, remove_incomplete_checkpoints, run_callbacks
+from common.engine.trainer_options import training_arguments
+from common.errors import run_command
+from common.feedback.labels import read_labels
+from common.files import claim_output_dir
+from common.models.loading import check_vocabulary, load_causal_lm, load_tokenizer, save_model_folder
+
+
+def main() -> None:
+    """Tune `model_name_or_path` on preference pairs; write `<output_dir>/model`."""
+    config = parse_config(DpoConfig)
+    check_config(config)
+    device = distributed.start()
+    distributed.seed_everything(config.seed)
+    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, config.pad_token)
+    builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
+    labelled = read_labels(config.samples, config.labels)
+    train, dev = (build_pairs(labelled, builder, split) for split in ("train", "dev"))
+    distributed.on_main_first(lambda: prepare_output(config))
+
+    collator = PairCollator(tokenizer.pad_token_id)
+    reference = load_causal_lm(config.model_name_or_path, config).to(device).eval()
+    check_vocabulary(reference, tokenizer)
+    add_reference(train + dev, reference, collator, config.per_device_eval_batch_size)
+    del reference
+
+    args = training_arguments(config)
+    checkpoint = last_complete_checkpoint(args.output_dir)
+    trainer = DpoTrainer(
+        model=load_causal_lm(config.model_name_or_path, config),
+        args=args,
+        train_dataset=train,
+        eval_dataset=dev,
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=run_callbacks(config.output_dir, tensorboard=config.tensorboard, checkpoint=checkpoint),
+        beta=config.beta,
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    weights = trainer.whole_weights()
+    folder = Path(config.output_dir) / "model"
+    distributed.on_main_first(lambda: save_model_folder(trainer.model, tokenizer, folder, {"do_sample": True}, weights))
+    distributed.on_main_first(lambda: print(f"{len(train)} pairs; model: {folder}", flush=True))
+
+
+def prepare_output(config: DpoConfig) -> None:
+    """Claim the output folder (rank 0 only)."""
+    output_dir = claim_output_dir(
+        config.output_dir, asdict(config), resume=config.resume, overwrite=config.overwrite, may_differ=MAY_DIFFER
+    )
+    remove_incomplete_checkpoints(output_dir / "checkpoints")
+
+
+if __name__ == "__main__":
+    run_command(main)
