@@ -3,6 +3,8 @@
 A user may have several examples, and they are alike; so users are drawn with replacement, each with all examples
 (cluster bootstrap), and the interval is that between the 2.5 % and 97.5 % percentiles (Efron and Tibshirani 1993,
 chapter 13). Every call with the same users and seed makes the same draws.
+
+A study has a second source of chance, the seeds that models were trained with: `crossed_estimate` resamples both.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from scipy import stats
 
 PERCENTILES = (2.5, 97.5)
 # Bounds the memory of one block of draws, 8 bytes an entry.
@@ -64,6 +67,41 @@ def estimate_means(values: np.ndarray, users: Sequence[str], resamples: int, see
 def paired_outcomes(later: np.ndarray, earlier: np.ndarray) -> np.ndarray:
     """Win, tie and lose of each item as columns of 0 and 1: (N, 3) from two systems' values (N,) on the same items."""
     return np.stack([later > earlier, later == earlier, later < earlier], axis=1).astype(float)
+
+
+def crossed_estimate(values: np.ndarray, resamples: int, seed: int) -> Estimate:
+    """Mean of `values` (S, U), one row a training seed and one column a user, with an interval over both.
+
+    Seeds and users are drawn with replacement, each for itself, and every draw takes all pairs of what was drawn (the
+    pigeonhole bootstrap; Owen 2007, who shows that its variance is not too small). NaN values are left out. With one
+    seed the interval is over users alone, with one user over seeds.
+    """
+    present = ~np.isnan(values)
+    filled = np.where(present, values, 0.0)
+    generator = np.random.default_rng(seed)
+    counts = [generator.multinomial(size, np.full(size, 1 / size), size=resamples).astype(float)
+              for size in values.shape]  # fmt: skip
+    totals = np.einsum("rs,su,ru->r", counts[0], filled, counts[1], optimize=True)
+    weights = np.einsum("rs,su,ru->r", counts[0], present.astype(float), counts[1], optimize=True)
+    if not present.any():
+        return Estimate(None, None, None, 0)
+    low, high = np.percentile(totals[weights > 0] / weights[weights > 0], PERCENTILES)
+    return Estimate(float(values[present].mean()), float(low), float(high), int(present.sum()))
+
+
+def t_estimate(values: Sequence[float]) -> Estimate:
+    """Mean of a few independent numbers (one a seed) with Student's 95 % interval; no interval for a single one."""
+    if len(values) < 2:
+        return Estimate(float(values[0]) if len(values) else None, None, None, len(values))
+    mean, error = float(np.mean(values)), float(stats.sem(values))
+    margin = error * float(stats.t.ppf(PERCENTILES[1] / 100, len(values) - 1))
+    return Estimate(mean, mean - margin, mean + margin, len(values))
+
+
+def wilson_estimate(successes: int, trials: int) -> Estimate:
+    """A share of independent yes-or-no items with Wilson's 95 % score interval."""
+    interval = stats.binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    return Estimate(successes / trials, float(interval.low), float(interval.high), trials)
 
 
 def _estimate(values: np.ndarray, means: np.ndarray, users_with_value: int) -> Estimate:

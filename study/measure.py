@@ -1,0 +1,186 @@
+"""Measure one system of the study on users that it was not trained on; write a record for the study's tables.
+
+    python -m study.measure --model RUN/model --reference RUN/sft/model --data_dir RUN/data \\
+        --truth RUN/log/truth.jsonl --output RUN/measure.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.config import ModelOptions, option, parse_config
+from common.data.examples import load_examples
+from common.data.prompts import PromptBuilder
+from common.data.records import Example
+from common.errors import InputError, run_command
+from common.evaluation import metrics
+from common.evaluation.generate import generate_rows, load_generator
+from common.evaluation.summary import MEASURES, Row, measure_table, score_rows
+from common.feedback.annotator import normalised_words
+from common.feedback.load import load_annotator
+from common.files import write_json
+from common.models.loading import load_causal_lm
+from common.models.sequences import pad_sequences, response_scores
+from common.text import STOP_WORDS, split_queries
+from study.controls import Control, copy_last, popularity, user_frequent
+
+DECODINGS = ("sampled", "greedy")
+
+
+@dataclass
+class MeasureConfig(ModelOptions):
+    """Measure one system: a model folder, or with --control a rule that needs none."""
+
+    model: str = option("", "Model folder.")
+    control: str = option("", "Instead of a model.", choices=["", "copy_last", "user_frequent", "popularity"])
+    reference: str = option("", "Model folder that the KL is measured to; empty: no KL.")
+    data_dir: str = option("", "Folder with the examples.")
+    split: str = option("test", "Whose examples are used.", choices=["dev", "test"])
+    max_examples: int = option(0, "The first so many examples; 0 uses all.")
+    truth: str = option("", "truth.jsonl of the embedded log; without it the lexical annotator alone judges.")
+    output: str = option("", "The record to write.")
+    num_queries: int = option(3, "Queries a response.")
+    prompt_template: str = option("compact", "The template that the system was trained with.")
+    max_prompt_tokens: int = option(160, "Prompt budget in tokens.")
+    max_response_tokens: int = option(32, "Longest response in tokens.")
+    batch_size: int = option(64, "Prompts generated at once.")
+    seed: int = option(0, "Seed of the sampled responses.")
+
+
+def main() -> None:
+    """Generate, judge, write the record."""
+    config = parse_config(MeasureConfig)
+    if not config.output or not config.data_dir or bool(config.model) == bool(config.control):
+        raise InputError("--output, --data_dir and one of --model and --control are needed")
+    examples = load_examples(config.data_dir, config.split)[: config.max_examples or None]
+    if config.control:
+        responses = {"greedy": control_rows(config, examples)}
+        kl = None
+    else:
+        responses, kl = model_rows(config, examples)
+    judges = {"lexical": load_annotator("lexical")}
+    if config.truth:
+        judges = {"simulated": load_annotator("simulated", truth_path=config.truth), **judges}
+    record = {
+        "users": [example.user_id for example in examples],
+        "kl": kl,
+        "decodings": {
+            decoding: {
+                name: judged(examples, score_rows(examples, rows, judge), config.num_queries)
+                for name, judge in judges.items()
+            }
+            for decoding, rows in responses.items()
+        },
+    }
+    write_json(config.output, record)
+    print(f"record: {config.output}")
+
+
+def model_rows(config: MeasureConfig, examples: Sequence[Example]) -> tuple[dict[str, list[Row]], float | None]:
+    """The model's rows for each decoding, and its KL to the reference on the sampled ones."""
+    model, tokenizer = load_generator(config.model, config)
+    builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
+    rows = {
+        decoding: generate_rows(
+            model, tokenizer, builder, examples, decoding=decoding, temperature=1.0,
+            max_new_tokens=config.max_response_tokens, batch_size=config.batch_size, seed=config.seed,
+        )
+        for decoding in DECODINGS
+    }  # fmt: skip
+    if not config.reference:
+        return rows, None
+    reference = load_causal_lm(config.reference, config).to(model.device).eval()
+    prompts = [builder.ids(example.history) for example in examples]
+    responses = [
+        [*tokenizer(row["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for row in rows["sampled"]
+    ]
+    return rows, sequence_kl(model, reference, prompts, responses, tokenizer.pad_token_id, config.batch_size)
+
+
+@torch.no_grad()
+def sequence_kl(
+    model: torch.nn.Module,
+    reference: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pad_token_id: int,
+    batch_size: int,
+) -> float:
+    """Mean over the model's own samples of `log pi - log pi_ref` of the whole response, in nats.
+
+    The text is encoded again, which may split a word otherwise than the model did; both models see the same ids.
+    """
+    total = 0.0
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        batch = pad_sequences(prompts[part], responses[part], pad_token_id, model.device)
+        own, other = (response_scores(module, module, batch, 1.0).logprobs for module in (model, reference))
+        total += float((own - other)[batch.response_mask].sum())
+    return total / len(prompts)
+
+
+def control_rows(config: MeasureConfig, examples: Sequence[Example]) -> list[Row]:
+    """The rows of a rule: one list of queries an example."""
+    rules: dict[str, Control] = {"copy_last": copy_last(config.num_queries)}
+    rules["user_frequent"] = user_frequent(config.num_queries)
+    rules["popularity"] = popularity(config.num_queries, load_examples(config.data_dir, "train"))
+    return [
+        {"id": example.id, "response": "\n".join(rules[config.control](example)), "finished": True, "tokens": 0}
+        for example in examples
+    ]
+
+
+def judged(examples: Sequence[Example], rows: Sequence[Row], k: int) -> dict[str, Any]:
+    """Means of all measures, and what paired comparisons need of each example.
+
+    `relevant` is the number of relevant queries among the first k, `recall` the share of targets found (null where
+    undefined). `by_length` holds, for each number of words of a query, how many were written and were relevant.
+    """
+    table = measure_table(examples, rows, k)
+    means = {name: _mean(table[:, column]) for column, name in enumerate(MEASURES)}
+    lines = [split_queries(row["response"]) for row in rows]
+    means["distinct_2"] = metrics.distinct_n(lines, 2, k)
+    return {
+        "means": means | word_habits(lines, k),
+        "relevant": [round(value * k) for value in table[:, MEASURES.index("relevance_rate")]],
+        "recall": [None if np.isnan(value) else round(value, 4) for value in table[:, MEASURES.index("recall")]],
+        "by_length": relevance_by_length(lines, [row["queries"] for row in rows], k),
+    }
+
+
+def word_habits(responses: Sequence[Sequence[str]], k: int) -> dict[str, float]:
+    """Shares of words that their query said before, and that are function words: signs of a hacked reward."""
+    queries = [normalised_words(query) for response in responses for query in response[:k]]
+    words = max(sum(map(len, queries)), 1)
+    return {
+        "repeated_word_rate": sum(len(query) - len(set(query)) for query in queries) / words,
+        "function_word_rate": sum(word in STOP_WORDS for query in queries for word in query) / words,
+    }
+
+
+def relevance_by_length(
+    responses: Sequence[Sequence[str]], scores: Sequence[Sequence[int]], k: int
+) -> dict[str, list[int]]:
+    """`{words: [written, relevant]}` over the first k queries; the last entry gathers those of six words and more."""
+    found: dict[str, list[int]] = {}
+    for response, query_scores in zip(responses, scores, strict=True):
+        for query, score in zip(response[:k], query_scores[:k], strict=True):
+            count = found.setdefault(str(min(len(normalised_words(query)), 6)), [0, 0])
+            count[0] += 1
+            count[1] += score > 0
+    return dict(sorted(found.items()))
+
+
+def _mean(values: np.ndarray) -> float | None:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else None
+
+
+if __name__ == "__main__":
+    run_command(main)
