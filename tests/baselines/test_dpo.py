@@ -130,7 +130,8 @@ def test_the_command_learns_its_pairs(tmp_path: Path, monkeypatch: pytest.Monkey
         "num_queries": 2, "max_prompt_tokens": 32, "zero_stage": 0, "learning_rate": 1e-3, "num_train_epochs": 10,
         "warmup_ratio": 0, "tensorboard": "false",
     }  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["dpo", *(str(part) for key, value in flags.items() for part in (f"--{key}", value))])
+    argv = [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
+    monkeypatch.setattr(sys, "argv", ["dpo", *argv])
     dpo.main()
     builder = _builder()
     pairs = build_pairs(LABELLED, builder, "train")

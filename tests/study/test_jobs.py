@@ -1,0 +1,50 @@
+"""The job runner with real processes: order, one run each, failures, and going on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from study.jobs import Job, JobRunner, StudyFailed, needed_jobs, shell_line
+
+MODULE = "tests.study.job_that_writes"
+
+
+def _jobs(path: Path, words: dict[str, str]) -> list[Job]:
+    """`c` reads `a` and `b`; each job appends its word."""
+    inputs = {"c": ("a", "b")}
+    return [Job(name, ((MODULE, (str(path), word)),), inputs.get(name, ())) for name, word in words.items()]
+
+
+def test_inputs_come_first_and_each_job_runs_once(tmp_path: Path) -> None:
+    written = tmp_path / "written.txt"
+    ended: list[str] = []
+    runner = JobRunner(tmp_path / "study", 2, lambda job, seconds: ended.append(job.name))
+    jobs = _jobs(written, {"c": "third", "a": "first", "b": "second"})
+    runner.run(jobs)
+    words = written.read_text().split()
+    assert sorted(words[:2]) == ["first", "second"]
+    assert words[2] == "third"
+    assert ended[-1] == "c"
+    assert all(runner.is_done(job) for job in jobs)
+    assert shell_line(jobs[0].commands[0]) in (tmp_path / "study" / "c" / "log.txt").read_text()
+
+
+def test_a_failure_stops_what_follows_and_a_second_run_goes_on(tmp_path: Path) -> None:
+    written = tmp_path / "written.txt"
+    runner = JobRunner(tmp_path / "study", 1, lambda job, seconds: None)
+    with pytest.raises(StudyFailed, match=r"b failed; see .*b/log\.txt"):
+        runner.run(_jobs(written, {"a": "first", "b": "fail", "c": "third"}))
+    assert written.read_text().split() == ["first"]
+    jobs = _jobs(written, {"a": "first", "b": "second", "c": "third"})
+    runner.run(needed_jobs(jobs, wanted=lambda job: job.name == "c", done=runner.is_done))
+    assert written.read_text().split() == ["first", "second", "third"]
+
+
+def test_needed_jobs_are_the_wanted_ones_and_what_they_read() -> None:
+    jobs = [Job("log", ()), Job("sft", (), ("log",)), Job("reward", (), ("sft",)), Job("ppo", (), ("sft", "reward")),
+            Job("dpo", (), ("sft",))]  # fmt: skip
+    names = [job.name for job in needed_jobs(jobs, lambda job: job.name == "ppo", lambda job: job.name == "log")]
+    assert names == ["sft", "reward", "ppo"]
+    assert needed_jobs(jobs, lambda job: job.name == "ppo", lambda job: True) == []
