@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from common.alignment import IGNORE_LABEL, NO_LINE, pool_token_scores
-from common.models.reward_losses import NUM_CLASSES, judges_words, local_loss
+from common.models.reward_losses import NUM_CLASSES, judges_words, local_loss, without_class_weights
 from common.models.reward_metrics import classification_metrics, sentence_metrics
 from common.models.token_reward import query_index, sentence_scores
 from step2_token_reward.dataset import LabelledResponse
@@ -43,7 +43,7 @@ def held_out_metrics(
         valid = labels != IGNORE_LABEL
         token_logits.append(logits[valid])
         token_classes.append(labels[valid])
-        probabilities = logits[:, :NUM_CLASSES].softmax(-1)
+        probabilities = _word_probabilities(logits, class_weights)
         words, spans = item.encoded.words, item.encoded.spans
         pooled = [pool_token_scores(words, column, spans, missing=math.nan) for column in probabilities.T.tolist()]
         scored = ~np.isnan(pooled[0])
@@ -58,9 +58,16 @@ def held_out_metrics(
         "loss": w * local + (1 - w) * sentences["mse"],
         "local_loss": local,
         **_named("sentence", sentences),
-        **_named("token", classification_metrics(logits[:, :NUM_CLASSES].softmax(-1).numpy(), classes.numpy())),
+        **_named("token", classification_metrics(_word_probabilities(logits, class_weights).numpy(), classes.numpy())),
         **_named("word", classification_metrics(np.concatenate(word_probabilities), np.concatenate(word_classes))),
     }
+
+
+def _word_probabilities(logits: torch.Tensor, class_weights: torch.Tensor) -> torch.Tensor:
+    """Class probabilities (T, 3) as step 3 will see them; the scorer says when class weights are taken out."""
+    if logits.shape[-1] > NUM_CLASSES:
+        logits = without_class_weights(logits, class_weights)
+    return logits[:, :NUM_CLASSES].softmax(-1)
 
 
 def _named(level: str, metrics: dict[str, float]) -> dict[str, float]:

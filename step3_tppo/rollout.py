@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from common.alignment import DecodedTokens, TokenDecoder
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.models.generate import Generated, generate_responses
-from common.models.sequences import SequenceBatch, TokenScores, pad_sequences, response_scores
+from common.models.sequences import SequenceBatch, TokenScores, pad_sequences, response_scores, score_in_blocks
 from step3_tppo.config import Step3Config
 from step3_tppo.losses import k1_kl
 from step3_tppo.models import Models
@@ -86,7 +86,7 @@ class RolloutMaker:
             with self._models.reference.inference() as module:
                 reference = self._scores(module, batch)
         with self._models.critic.inference() as module:
-            values, = self._by_chunks(batch, lambda part: (module(part),))
+            (values,) = score_in_blocks(batch, self._config.scoring_batch_size, lambda block: (module(block),))
         clock.lap("reference_critic_scoring")
         decoded = [self._decoder(ids) for ids in responses]
         words, queries = self._reward_scores(examples, generated)
@@ -110,24 +110,14 @@ class RolloutMaker:
         )
 
     def _scores(self, module: torch.nn.Module, batch: SequenceBatch) -> TokenScores:
-        temperature = self._config.temperature
-        return TokenScores(*self._by_chunks(batch, lambda part: response_scores(module, module, part, temperature)))
-
-    def _by_chunks(
-        self, batch: SequenceBatch, forward: Callable[[SequenceBatch], Sequence[torch.Tensor]]
-    ) -> list[torch.Tensor]:
-        """What `forward` gives for each row, (B, T) tensors, 0 past a row's end; rows go in by length.
-
-        The number of blocks follows from the number of rows, so that it is the same on every rank.
-        """
-        results: list[torch.Tensor] = []
-        rows = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
-        for block in batch.by_length(rows, self._config.scoring_batch_size):
-            for place, scores in enumerate(forward(batch.rows(block))):
-                if place == len(results):
-                    results.append(torch.zeros_like(batch.response_mask, dtype=scores.dtype))
-                results[place][block, : scores.shape[1]] = scores
-        return results
+        config = self._config
+        return TokenScores(
+            *score_in_blocks(
+                batch,
+                config.scoring_batch_size,
+                lambda block: response_scores(module, module, block, config.temperature),
+            )
+        )
 
     def _reward_scores(
         self, examples: Sequence[Example], generated: Sequence[Generated]

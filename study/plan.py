@@ -167,7 +167,7 @@ class Planner:
         name, data = f"{world.base}/sft", self._data(world)
         examples = self._path(data, "data")
         base = {"data_dir": examples, "output_dir": self._path(name, "base"), "prompt_template": "compact",
-                "num_queries": world.k, "seed": world.seed}  # fmt: skip
+                "num_queries": world.k, "seed": world.seed, "overwrite": "true"}  # fmt: skip
         settings = {
             "model_name_or_path": self._path(name, "base"),
             "data_dir": examples,

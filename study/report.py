@@ -225,14 +225,14 @@ def search_table(search: Mapping[str, Any]) -> str:
         for point in tried:
             chosen = point["settings"] == search["chosen"][arm]
             settings = ", ".join(f"{key} {value}" for key, value in point["settings"].items())
-            cells = [settings, *(number(point[key]) for key in ("sampled", "greedy", "objective")),
+            cells = [settings, *(number(point[key]) for key in ("sampled", "greedy")),
                      number(point["kl"], 2)]  # fmt: skip
             rows.append([LABELS[arm], *(f"**{cell}**" if chosen else cell for cell in cells)])
     note = (
-        f"Development users, seed {search['seed']}; chosen is the best mean of sampled and greedy relevance with a KL "
+        f"Development users, seed {search['seed']}; chosen is the best sampled relevance rate with a KL "
         f"of at most {search['max_kl']:g} nats a response. The token RM moved elsewhere takes that arm's settings."
     )
-    return f"{note}\n\n" + table(["arm", "settings", "sampled", "greedy", "mean", "KL"], rows)
+    return f"{note}\n\n" + table(["arm", "settings", "sampled", "greedy", "KL"], rows)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

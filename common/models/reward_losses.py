@@ -55,6 +55,18 @@ def expected_score(logits: Tensor) -> Tensor:
     return probabilities @ torch.arange(NUM_CLASSES, dtype=torch.float32, device=logits.device)
 
 
+def without_class_weights(logits: Tensor, class_weights: Tensor) -> Tensor:
+    """The same outputs (..., N) as if the local loss had weighed all classes (3,) alike.
+
+    A cross-entropy weighted by w learns `w_c p_c / sum`, so rare classes look too likely: a bias of a quarter of a
+    score with inverse class frequency. `logit_c - log w_c` gives p_c back (prior correction; Elkan 2001). Exact where
+    nothing but the local loss trains the classes, that is, with a sentence output of its own.
+    """
+    shift = torch.zeros(logits.shape[-1], device=logits.device)
+    shift[:NUM_CLASSES] = class_weights.log()
+    return logits - shift
+
+
 def local_loss(logits: Tensor, labels: Tensor, class_weights: Tensor, denominator: Tensor | None = None) -> Tensor:
     """`-sum_{t in V} w_{c_t} log p(c_t) / sum_{t in V} w_{c_t}`.
 

@@ -100,6 +100,23 @@ def response_scores(
     return TokenScores(chosen, entropy)
 
 
+def score_in_blocks(
+    batch: SequenceBatch, size: int, forward: Callable[[SequenceBatch], Sequence[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """What `forward` gives for the response tokens of each row: (B, T) tensors, 0 past the width of a row's block.
+
+    Rows of similar length share a block of at most `size`. The number of blocks follows from the number of rows, so it
+    is the same on every rank that holds as many.
+    """
+    results: list[torch.Tensor] = []
+    for rows in batch.by_length(torch.arange(len(batch.input_ids), device=batch.input_ids.device), size):
+        for place, scores in enumerate(forward(batch.rows(rows))):
+            if place == len(results):
+                results.append(torch.zeros_like(batch.response_mask, dtype=scores.dtype))
+            results[place][rows, : scores.shape[1]] = scores
+    return results
+
+
 def forward_arguments(module: nn.Module, batch: SequenceBatch) -> dict[str, Any]:
     """Keyword arguments for `module`'s forward: explicit positions where it takes them, no cache."""
     arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}

@@ -26,7 +26,13 @@ from common.errors import InputError, TrainingDiverged
 from common.files import read_json, write_json
 from common.models.loading import DTYPES, check_attention, load_fast_tokenizer
 from common.models.reward_encoder import EncodedResponse, RewardEncoder, RewardInputOptions
-from common.models.reward_losses import MAX_SCORE, expected_score, judges_words, predicted_sentences
+from common.models.reward_losses import (
+    MAX_SCORE,
+    expected_score,
+    judges_words,
+    predicted_sentences,
+    without_class_weights,
+)
 from common.text import split_queries
 
 SETTINGS_NAME = "token_reward.json"
@@ -49,17 +55,16 @@ class RewardScores(NamedTuple):
 class TokenRewardModel:
     """Scores responses with `module`, a token classifier; one forward call a batch, whatever the batch holds.
 
-    A sentence-level model has no word scores: each word then carries its query's score, on the words' scale.
+    `class_weights` (3,), those of its local loss, are taken out of the word scores (`without_class_weights`). A sentence-level model has no word scores: each word then carries its query's score, on the words' scale.
     `module` may be in DeepSpeed's hands: it is called as it is, on the device that its weights are on.
     """
 
-    def __init__(self, module: nn.Module, encoder: RewardEncoder) -> None:
+    def __init__(
+        self, module: nn.Module, encoder: RewardEncoder, class_weights: Sequence[float] | None = None
+    ) -> None:
         self.module = module
         self.encoder = encoder
-
-    def score_words(self, histories: Sequence[Sequence[Event]], responses: Sequence[str]) -> list[list[float]]:
-        """`score(...).words`."""
-        return self.score(histories, responses).words
+        self._class_weights = None if class_weights is None else torch.tensor(class_weights)
 
     @torch.no_grad()
     def score(self, histories: Sequence[Sequence[Event]], responses: Sequence[str]) -> RewardScores:
@@ -71,6 +76,8 @@ class TokenRewardModel:
         logits = self.module(**{key: value.to(device) for key, value in batch.items()}).logits.float().cpu()
         if not logits.isfinite().all():
             raise TrainingDiverged("the reward model gives scores that are not finite; look at step 2's metrics")
+        if self._class_weights is not None:
+            logits = without_class_weights(logits, self._class_weights)
         words, queries, missing = [], [], 0
         for row, item, response in zip(logits, encoded, responses, strict=True):
             outputs = row[: len(item.spans)]
@@ -161,9 +168,12 @@ def load_token_reward_scorer(path: str, options: ModelOptions) -> TokenRewardMod
     settings = RewardInputOptions(**saved["inputs"])
     if settings.prompt_template == TEMPLATE_NAME:
         settings = RewardInputOptions(**asdict(settings) | {"prompt_template": str(folder / TEMPLATE_NAME)})
-    model = load_token_reward_model(path, options, heads=saved.get("heads", "token"))
+    heads = saved.get("heads", "token")
+    model = load_token_reward_model(path, options, heads=heads)
     tokenizer = load_fast_tokenizer(path, options.trust_remote_code)
-    return TokenRewardModel(model.eval(), RewardEncoder(tokenizer, settings, model))
+    # With heads `token` the global loss has trained the weighted classes too: nothing exact can be taken out.
+    class_weights = saved["class_weights"] if heads == "both" else None
+    return TokenRewardModel(model.eval(), RewardEncoder(tokenizer, settings, model), class_weights)
 
 
 def save_token_reward_model(

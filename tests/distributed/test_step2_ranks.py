@@ -78,7 +78,7 @@ def test_two_ranks_with_accumulation_train_as_one_process_does(tmp_path: Path, s
     scorer = load_token_reward_scorer(str(tmp_path / "run" / "model"), EAGER)
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(scorer.module.state_dict()[name], value, rtol=1e-3, atol=1e-4)
-    assert scorer.score_words([HISTORY], RESPONSES[:1])
+    assert scorer.score([HISTORY], RESPONSES[:1]).words
     saved = json.loads((tmp_path / "run" / "model" / "token_reward.json").read_text())
     assert saved["metrics"] == metrics
     assert (saved["w"], saved["class_weights"], saved["bidirectional"]) == (0.4, [0.5, 1.0, 1.5], bidirectional)
@@ -98,7 +98,7 @@ def score_sharded(rank: int, world_size: int, folder: str, weights: str) -> tupl
     engine, *_ = deepspeed.initialize(model=scorer.module.requires_grad_(False), config=config)
     mine = RESPONSES[rank::world_size]
     with HybridEngine(engine, weights).inference():
-        return scorer.score_words([HISTORY] * len(mine), mine), held
+        return scorer.score([HISTORY] * len(mine), mine).words, held
 
 
 @pytest.mark.parametrize("weights", ["gathered", "sharded"])
@@ -111,7 +111,7 @@ def test_a_sharded_model_scores_as_a_whole_one(tmp_path: Path, weights: str) -> 
     for rank, (scores, held) in enumerate(outcomes):
         mine = RESPONSES[rank::2]
         assert held == 0  # the weights were sharded as they were loaded
-        expected = whole.score_words([HISTORY] * len(mine), mine)
+        expected = whole.score([HISTORY] * len(mine), mine).words
         assert scores == [pytest.approx(words, abs=1e-5) for words in expected]
 
 

@@ -17,9 +17,11 @@ from common.models.reward_losses import (
     inverse_class_frequency,
     keep_classes,
     local_loss,
+    predicted_sentences,
     query_means,
     summed_class_weights,
     token_reward_loss,
+    without_class_weights,
 )
 
 X = IGNORE_LABEL
@@ -66,7 +68,7 @@ def test_global_loss_by_hand() -> None:
     # Predictions: (1.3 + 0.5)/2/2 = 0.45, 1.7/2 = 0.85; 1.1/2 = 0.55, none, 0.4/2 = 0.2. The second response's second
     # query and the first one's third have no valid token.
     errors = [(1.0 - 0.45) ** 2, (0.5 - 0.85) ** 2, (0.5 - 0.55) ** 2, (0.0 - 0.2) ** 2]
-    loss = global_loss(expected_score(logits_of(PROBABILITIES)), QUERY_INDEX, QUERY_SCORES)
+    loss = global_loss(logits_of(PROBABILITIES), QUERY_INDEX, QUERY_SCORES)
     assert loss.item() == pytest.approx(sum(errors) / 4, rel=1e-5)
     assert count_queries(QUERY_INDEX).item() == 4
 
@@ -184,3 +186,65 @@ def test_class_masks_keep_each_class_at_its_ratio() -> None:
     assert torch.equal(kept[labels == X], labels[labels == X])
     again = keep_classes(labels, [0.25, 1.0, 0.0], torch.Generator().manual_seed(0))
     assert torch.equal(kept, again)
+
+
+SENTENCE_LOGITS = torch.tensor([[0.4, -0.8, 9.0, 1.2], [9.0, 0.5, -0.3, 9.0]])
+
+
+def _sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+def _with_sentence_head(probabilities: list) -> torch.Tensor:
+    return torch.cat([logits_of(probabilities), SENTENCE_LOGITS.unsqueeze(-1)], dim=-1)
+
+
+# Queries of the first response: tokens 0 and 1, and token 3; of the second: token 1, none, and token 2.
+PREDICTED = [_sigmoid((0.4 - 0.8) / 2), _sigmoid(1.2), _sigmoid(0.5), _sigmoid(-0.3)]
+SENTENCE_ERROR = sum((s - p) ** 2 for s, p in zip((1.0, 0.5, 0.5, 0.0), PREDICTED, strict=True)) / 4
+
+
+def test_a_head_of_its_own_judges_queries_by_the_mean_of_its_outputs() -> None:
+    for logits in (_with_sentence_head(PROBABILITIES), SENTENCE_LOGITS.unsqueeze(-1)):
+        predicted, present = predicted_sentences(logits, QUERY_INDEX, 3)
+        assert present.tolist() == [[True, True, False], [True, False, True]]
+        assert predicted[present].tolist() == pytest.approx(PREDICTED, abs=1e-6)
+        assert global_loss(logits, QUERY_INDEX, QUERY_SCORES).item() == pytest.approx(SENTENCE_ERROR, abs=1e-6)
+
+
+def test_the_sentence_output_is_no_word_class() -> None:
+    both = _with_sentence_head(PROBABILITIES)
+    torch.testing.assert_close(expected_score(both), expected_score(logits_of(PROBABILITIES)))
+    words = local_loss(logits_of(PROBABILITIES), LABELS, WEIGHTS)
+    torch.testing.assert_close(local_loss(both, LABELS, WEIGHTS), words)
+    losses = token_reward_loss(both, LABELS, QUERY_INDEX, QUERY_SCORES, WEIGHTS, 0.3)
+    assert losses.total.item() == pytest.approx(0.3 * words.item() + 0.7 * SENTENCE_ERROR, abs=1e-6)
+
+
+@pytest.mark.parametrize("w", [0.0, 0.5, 1.0])
+def test_a_sentence_level_model_has_the_global_loss_alone(w: float) -> None:
+    losses = token_reward_loss(SENTENCE_LOGITS.unsqueeze(-1), LABELS, QUERY_INDEX, QUERY_SCORES, WEIGHTS, w)
+    assert losses.total.item() == losses.global_loss.item() == pytest.approx(SENTENCE_ERROR, abs=1e-6)
+    assert losses.local_loss.item() == 0.0
+
+
+def test_taking_class_weights_out_gives_the_true_frequencies_back() -> None:
+    """Logits fitted to labels with the weighted loss say `w_c n_c / sum`; corrected they say `n_c / n`."""
+    counts = torch.tensor([60, 30, 10])
+    labels = torch.repeat_interleave(torch.arange(3), counts).unsqueeze(0)
+    weights = torch.tensor(inverse_class_frequency(counts.tolist()))
+    logits = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=100, tolerance_grad=1e-12)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = local_loss(logits.expand(1, len(labels[0]), 4), labels, weights)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    fitted = logits.detach()
+    assert fitted[:3].softmax(0).tolist() == pytest.approx([1 / 3] * 3, abs=1e-4)
+    corrected = without_class_weights(fitted, weights)
+    assert corrected[:3].softmax(0).tolist() == pytest.approx([0.6, 0.3, 0.1], abs=1e-4)
+    assert corrected[3] == fitted[3]

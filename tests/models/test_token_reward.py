@@ -285,6 +285,37 @@ def test_scores_equal_those_of_one_response_at_a_time(folders: dict[str, str], k
         assert queries == pytest.approx(plain, abs=1e-5)
 
 
+@pytest.mark.parametrize("heads", ["both", "sentence"])
+def test_scores_of_models_with_a_sentence_head(folders: dict[str, str], tmp_path: Path, heads: str) -> None:
+    """Queries from the last output; words from their classes, or from their queries where there are none."""
+    model = load_token_reward_model(folders["llama"], SDPA, bidirectional=True, heads=heads).eval()
+    tokenizer = load_fast_tokenizer(folders["llama"])
+    encoder = RewardEncoder(tokenizer, INPUTS, model)
+    scores = TokenRewardModel(model, encoder).score([HISTORY] * 3, RESPONSES)
+    for response, words, queries in zip(RESPONSES, scores.words, scores.queries, strict=True):
+        encoded = encoder.encode(HISTORY, response)
+        with torch.no_grad():
+            logits = model(**encoder.collate([encoded.tokens])).logits[0]
+        index = np.array(query_index(encoded))
+        for line, score in enumerate(queries):
+            tokens = np.flatnonzero(index == line)
+            plain = torch.sigmoid(logits[tokens, -1].mean()).item() if len(tokens) else 0.0
+            assert score == pytest.approx(plain, abs=1e-5)
+        for word, score in zip(split_words(response), words, strict=True):
+            if heads == "sentence":
+                assert score == pytest.approx(2 * queries[word.line], abs=1e-5)
+            else:
+                tokens = [t for t, (start, end) in enumerate(encoded.spans) if start < word.end and end > word.start]
+                low, high = (pick(expected_score(logits)[tokens]).item() for pick in (torch.min, torch.max))
+                assert low - 1e-5 <= score <= high + 1e-5
+    # Even class weights change nothing.
+    facts = {"heads": heads, "class_weights": [1.0, 1.0, 1.0]}
+    save_token_reward_model(tmp_path / "model", model, tokenizer, INPUTS, facts)
+    loaded = load_token_reward_scorer(str(tmp_path / "model"), SDPA).score([HISTORY] * 3, RESPONSES)
+    assert loaded.queries == [pytest.approx(queries, abs=1e-6) for queries in scores.queries]
+    assert loaded.words == [pytest.approx(words, abs=1e-6) for words in scores.words]
+
+
 def test_one_forward_call_a_batch_and_missing_words_are_counted(folders: dict[str, str]) -> None:
     model = load_token_reward_model(folders["bert"], EAGER)
     calls: list[torch.Size] = []
@@ -297,7 +328,7 @@ def test_one_forward_call_a_batch_and_missing_words_are_counted(folders: dict[st
     assert scores.missing == 1
     assert scores.queries[1] == []
     assert not model.training
-    assert scorer.score_words([HISTORY], ["shoes"]) == [pytest.approx(scores.words[2], abs=1e-5)]
+    assert scorer.score([HISTORY], ["shoes"]).words == [pytest.approx(scores.words[2], abs=1e-5)]
 
 
 def test_saved_and_loaded_scorer_gives_the_same_scores(folders: dict[str, str], tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from common.config import ModelOptions
-from common.models.sequences import SequenceBatch, pad_sequences, response_scores
+from common.models.sequences import SequenceBatch, pad_sequences, response_scores, score_in_blocks
+from common.models.token_reward import load_token_reward_model
 from common.models.value_model import ValueModel, load_value_model
 from tests.tiny_models import tiny_llama
 
@@ -112,3 +113,53 @@ def test_critic_starts_from_the_trunk_of_a_language_model(tmp_path) -> None:
     assert torch.equal(critic.trunk.layers[0].self_attn.q_proj.weight, weight)
     assert float(critic(batch()).detach().abs().max()) < 5  # N(0, 1/33) weights on normed hidden states of size 32
     assert float(critic.value_head.bias.detach()) == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_blocks_by_length_score_every_row_as_the_whole_batch_does(size: int) -> None:
+    model = tiny_llama().eval()
+    prompts = [[11, 12, 13], [14], [15, 16], [17, 18, 19, 20, 21], [22]]
+    responses = [[3, 4], [5, 3, 6, 7], [8], [9, 10], [4, 5, 6]]
+    made = pad_sequences(prompts, responses, 0, torch.device("cpu"))
+    widths: list[torch.Size] = []
+
+    def forward(block: SequenceBatch) -> tuple[torch.Tensor, ...]:
+        widths.append(block.input_ids.shape)
+        return response_scores(model, model, block, 1.0)
+
+    with torch.no_grad():
+        logprobs, entropy = score_in_blocks(made, size, forward)
+        whole = response_scores(model, model, made, 1.0)
+    assert len(widths) == -(-5 // size)
+    if size == 1:
+        # Longest first, each as long as it is: 7, 5, 5, 4 and 3 tokens.
+        assert [shape[1] for shape in widths] == [7, 5, 5, 4, 3]
+    mask = made.response_mask
+    # fp32 over other batch shapes
+    torch.testing.assert_close(logprobs[mask], whole.logprobs[mask], rtol=0, atol=2e-5)
+    torch.testing.assert_close(entropy[mask], whole.entropy[mask], rtol=0, atol=2e-5)
+
+
+def test_entropy_has_a_gradient_only_when_asked_for() -> None:
+    model = tiny_llama()
+    assert not response_scores(model, model, batch(), 1.0).entropy.requires_grad
+    entropy = response_scores(model, model, batch(), 1.0, entropy_gradient=True).entropy
+    entropy.sum().backward()
+    assert float(model.lm_head.weight.grad.abs().max()) > 0
+
+
+def test_critic_from_a_reward_model_that_reads_both_ways_does_not_look_ahead(tmp_path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "sft")
+    reward = load_token_reward_model(str(tmp_path / "sft"), ModelOptions(), bidirectional=True)
+    reward.save_pretrained(tmp_path / "reward")
+    critic = load_value_model(tmp_path / "reward", ModelOptions()).eval()
+    weight = reward.model.layers[0].self_attn.q_proj.weight
+    assert torch.equal(critic.trunk.layers[0].self_attn.q_proj.weight, weight)
+    first, other = (pad_sequences([[11, 12]], [[3, 4, last]], 0, torch.device("cpu")) for last in (5, 9))
+    with torch.no_grad():
+        # The last token is known to no value; the one before it to the last value alone.
+        assert torch.equal(critic(first), critic(other))
+        changed = pad_sequences([[11, 12]], [[3, 7, 5]], 0, torch.device("cpu"))
+        before, after = critic(first)[0], critic(changed)[0]
+    assert torch.equal(before[:2], after[:2])
+    assert before[2] != after[2]
