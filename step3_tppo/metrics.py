@@ -7,7 +7,7 @@ import math
 import torch
 
 from common.engine.distributed import max_over_ranks, sum_over_ranks, world_size
-from common.evaluation.metrics import has_format_error
+from common.evaluation.metrics import has_format_error, word_counts
 from common.evaluation.report import escape
 from common.text import normalise, split_queries
 from step3_tppo.rollout import Rollout, part_tensor
@@ -39,6 +39,7 @@ def rollout_metrics(rollout: Rollout, returns: torch.Tensor, advantages: torch.T
         ),
         "repeats": sum(len(response) - len(set(map(normalise, response))) for response in responses),
         "words": sum(len(query.split()) for query in queries),
+        **dict(zip(("counted_words", "repeated_words", "function_words"), word_counts(responses, k), strict=True)),
     }
     total = _summed(sums)
     tokens, count = max(total["tokens"], 1.0), max(total["responses"], 1.0)
@@ -57,6 +58,8 @@ def rollout_metrics(rollout: Rollout, returns: torch.Tensor, advantages: torch.T
         "response/eos_rate": total["finished"] / count,
         "response/format_error_rate": total["format_errors"] / count,
         "response/repeated_query_rate": total["repeats"] / lines,
+        "response/repeated_word_rate": total["repeated_words"] / max(total["counted_words"], 1.0),
+        "response/function_word_rate": total["function_words"] / max(total["counted_words"], 1.0),
     }
     return metrics | _value_metrics(rollout.values, returns, advantages, mask)
 

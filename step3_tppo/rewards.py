@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.alignment import NO_LINE, DecodedTokens, spread_word_scores, token_lines
-from common.text import normalise, split_queries, split_words
+from common.text import Word, normalise, split_queries, split_words
 
 RewardLevel = Literal["token", "query", "response"]
 MAX_WORD_SCORE = 2.0
@@ -69,16 +69,18 @@ def token_rewards(
     of each line. With share s_t of a word in token t (`split`: the part of its characters; `copy`: 1), the word's
     score e, the place i of the token in its query and n the words (`copy`: word tokens) of the query:
     `r_t = s_t (e alpha^max(0, i - sl) - 1) / n`; the `- 1` and the `/ n` are scale control. A query's sentence score s
-    adds `sentence_coef (2 s - 1)` at its last token. A query that repeats an earlier one is worth the worst score in
-    every word. So is one past the k-th, but all of it is charged to the line break that began it: there the list
-    should have ended. A line without a word costs the worst score where it ends, a missing line or EOS `list_cost` at
-    the last token.
+    adds `sentence_coef (2 s - 1)` at its last token.
+
+    Guards: a word that its query said before scores 0, as in every annotator's labels. A query that repeats an earlier
+    one is worth the worst score in every word. So is one past the k-th, but all of it is charged to the line break
+    that began it: there the list should have ended. A line without a word costs the worst score where it ends, a
+    missing line or EOS `list_cost` at the last token.
     """
     text, spans = decoded
     words = split_words(text)
     lines = token_lines(text, words, spans)
     shares = spread_word_scores(words, [1.0] * len(words), spans, options.spread)
-    values = spread_word_scores(words, word_scores, spans, options.spread)
+    values = spread_word_scores(words, _without_repeats(words, word_scores), spans, options.spread)
     bad = _bad_queries(text, options.num_queries)
     begun_by = {line: _token_at(decoded, start - 1) for line, start in enumerate(_line_starts(text))}
     centre = MAX_WORD_SCORE / 2 if options.centre else 0.0
@@ -105,6 +107,17 @@ def token_rewards(
     _charge_list_errors(guard, decoded, finished, centre, options)
     parts = TokenRewards(model, sentence, penalty, guard, lines)
     return _moved(parts, options.level)
+
+
+def _without_repeats(words: Sequence[Word], scores: Sequence[float]) -> list[float]:
+    """`scores` with 0 for a word that its query said before; a reward model that saw few such words pays for them."""
+    seen: set[tuple[int, str]] = set()
+    kept = []
+    for word, score in zip(words, scores, strict=True):
+        key = (word.line, normalise(word.text))
+        kept.append(0.0 if key in seen else score)
+        seen.add(key)
+    return kept
 
 
 def _bad_queries(text: str, num_queries: int) -> set[int]:

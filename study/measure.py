@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from common.config import ModelOptions, option, parse_config
 from common.data.examples import load_examples
@@ -25,8 +26,8 @@ from common.feedback.annotator import normalised_words
 from common.feedback.load import load_annotator
 from common.files import write_json
 from common.models.loading import load_causal_lm
-from common.models.sequences import pad_sequences, response_scores
-from common.text import STOP_WORDS, split_queries
+from common.models.sequences import SequenceBatch, pad_sequences, response_scores
+from common.text import split_queries
 from study.controls import Control, copy_last, popularity, user_frequent
 
 DECODINGS = ("sampled", "greedy")
@@ -48,6 +49,7 @@ class MeasureConfig(ModelOptions):
     prompt_template: str = option("compact", "The template that the system was trained with.")
     max_prompt_tokens: int = option(160, "Prompt budget in tokens.")
     max_response_tokens: int = option(32, "Longest response in tokens.")
+    temperature: float = option(1.0, "Of sampled decoding, as in step 3; log-probs for the KL are taken at it too.")
     batch_size: int = option(64, "Prompts generated at once.")
     seed: int = option(0, "Seed of the sampled responses.")
 
@@ -87,7 +89,7 @@ def model_rows(config: MeasureConfig, examples: Sequence[Example]) -> tuple[dict
     builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
     rows = {
         decoding: generate_rows(
-            model, tokenizer, builder, examples, decoding=decoding, temperature=1.0,
+            model, tokenizer, builder, examples, decoding=decoding, temperature=config.temperature,
             max_new_tokens=config.max_response_tokens, batch_size=config.batch_size, seed=config.seed,
         )
         for decoding in DECODINGS
@@ -100,29 +102,33 @@ def model_rows(config: MeasureConfig, examples: Sequence[Example]) -> tuple[dict
         [*tokenizer(row["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         for row in rows["sampled"]
     ]
-    return rows, sequence_kl(model, reference, prompts, responses, tokenizer.pad_token_id, config.batch_size)
+    batches = _batches(prompts, responses, tokenizer.pad_token_id, config.batch_size)
+    return rows, sequence_kl(model, reference, batches, config.temperature)
 
 
 @torch.no_grad()
 def sequence_kl(
-    model: torch.nn.Module,
-    reference: torch.nn.Module,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    pad_token_id: int,
-    batch_size: int,
+    model: PreTrainedModel, reference: PreTrainedModel, batches: Iterable[SequenceBatch], temperature: float
 ) -> float:
     """Mean over the model's own samples of `log pi - log pi_ref` of the whole response, in nats.
 
     The text is encoded again, which may split a word otherwise than the model did; both models see the same ids.
     """
-    total = 0.0
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        batch = pad_sequences(prompts[part], responses[part], pad_token_id, model.device)
-        own, other = (response_scores(module, module, batch, 1.0).logprobs for module in (model, reference))
+    total, count = 0.0, 0
+    for batch in batches:
+        own, other = (response_scores(m, m, batch, temperature).logprobs for m in (model, reference))
         total += float((own - other)[batch.response_mask].sum())
-    return total / len(prompts)
+        count += len(batch.input_ids)
+    return total / count
+
+
+def _batches(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_token_id: int, size: int
+) -> Iterator[SequenceBatch]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for start in range(0, len(prompts), size):
+        part = slice(start, start + size)
+        yield pad_sequences(prompts[part], responses[part], pad_token_id, device)
 
 
 def control_rows(config: MeasureConfig, examples: Sequence[Example]) -> list[Row]:
@@ -147,20 +153,10 @@ def judged(examples: Sequence[Example], rows: Sequence[Row], k: int) -> dict[str
     lines = [split_queries(row["response"]) for row in rows]
     means["distinct_2"] = metrics.distinct_n(lines, 2, k)
     return {
-        "means": means | word_habits(lines, k),
+        "means": means | metrics.word_habits(lines, k),
         "relevant": [round(value * k) for value in table[:, MEASURES.index("relevance_rate")]],
         "recall": [None if np.isnan(value) else round(value, 4) for value in table[:, MEASURES.index("recall")]],
         "by_length": relevance_by_length(lines, [row["queries"] for row in rows], k),
-    }
-
-
-def word_habits(responses: Sequence[Sequence[str]], k: int) -> dict[str, float]:
-    """Shares of words that their query said before, and that are function words: signs of a hacked reward."""
-    queries = [normalised_words(query) for response in responses for query in response[:k]]
-    words = max(sum(map(len, queries)), 1)
-    return {
-        "repeated_word_rate": sum(len(query) - len(set(query)) for query in queries) / words,
-        "function_word_rate": sum(word in STOP_WORDS for query in queries for word in query) / words,
     }
 
 

@@ -77,6 +77,8 @@ def axis_jobs(planner: Planner, scale: Scale, chosen: Chosen) -> None:
     """What a dense reward depends on, one thing at a time."""
     for seed in scale.axis_seeds:
         for name, changes in ABLATIONS.items():
+            if name == f"credit_{chosen['tppo']['credit']}":
+                continue  # that is TPPO as it is
             planner.ppo(f"ablation_{name}", World(seed), "tppo", chosen["tppo"], changes=changes)
         for noise in LABEL_NOISE:
             world = World(seed, users=ABLATED_USERS, noise=noise)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from study.jobs import Command, Job
-from study.settings import CONTROLS, CREDIT, DEFAULT_NOISE, PPO_SYSTEMS, SENTENCE_COEF, Scale
+from study.settings import CONTROLS, CREDIT, DEFAULT_NOISE, PPO_SYSTEMS, SENTENCE_COEF, TEMPERATURE, Scale
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class Planner:
             "scoring_batch_size": 16,
             "critic_warmup_steps": 3,
             "target_kl": 0,
+            "temperature": TEMPERATURE,
             "monitor": "lexical" if world.real else "simulated",
             "tensorboard": "false",
             "seed": world.seed,
@@ -137,6 +138,7 @@ class Planner:
             "prompt_template": "compact",
             "num_queries": world.k,
             "max_prompt_tokens": world.tokens[0],
+            "temperature": TEMPERATURE,
             **chosen,
         }
         self._add(
@@ -202,6 +204,7 @@ class Planner:
             "data_dir": self._path(world.data, "data"),
             "output_dir": self._path(name, "samples"),
             "samples_per_prompt": 2,
+            "temperature": TEMPERATURE,
             "corrupt_share": 0.3,
             "max_train_examples": world.users,
             "max_dev_examples": 300,
@@ -256,6 +259,7 @@ class Planner:
             "data_dir": self._path(world.data, "data"),
             "split": split,
             "output": self._path(name, "measure.json"),
+            "temperature": TEMPERATURE,
             **({} if world.real else {"truth": self._truth(world)}),
             **({"control": control} if control else {"model": model}),
             **self._lengths(world),

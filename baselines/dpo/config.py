@@ -27,6 +27,7 @@ class DpoConfig(TrainerOptions):
     num_queries: int = option(3, "Queries a response, as in step 1.")
     max_prompt_tokens: int = option(512, "Token budget of a prompt, as in step 1.")
     beta: float = option(0.1, "Weight of the KL to the reference (the paper of DPO: 0.1 to 0.5).")
+    temperature: float = option(1.0, "Log-probs are taken at it: that of the samples and of later use.")
     learning_rate: float = option(5e-7, "Peak learning rate of AdamW.")
     num_train_epochs: float = option(1.0, "Passes over the pairs.")
     per_device_train_batch_size: int = option(4, "Pairs a rank and a micro-batch.")
@@ -43,7 +44,7 @@ def check_config(config: DpoConfig) -> None:
     for name in ("model_name_or_path", "samples", "labels", "output_dir"):
         if not getattr(config, name):
             raise InputError(f"--{name} is missing")
-    for name in ("num_queries", "max_prompt_tokens", "beta"):
+    for name in ("num_queries", "max_prompt_tokens", "beta", "temperature"):
         if getattr(config, name) <= 0:
             raise InputError(f"--{name} must be above 0, not {getattr(config, name)}")
     check_trainer_options(config)

@@ -39,7 +39,7 @@ def main() -> None:
     collator = PairCollator(tokenizer.pad_token_id)
     reference = load_causal_lm(config.model_name_or_path, config).to(device).eval()
     check_vocabulary(reference, tokenizer)
-    add_reference(train + dev, reference, collator, config.per_device_eval_batch_size)
+    add_reference(train + dev, reference, collator, config.per_device_eval_batch_size, config.temperature)
     del reference
 
     args = training_arguments(config)
@@ -53,6 +53,7 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=run_callbacks(config.output_dir, tensorboard=config.tensorboard, checkpoint=checkpoint),
         beta=config.beta,
+        temperature=config.temperature,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     weights = trainer.whole_weights()

@@ -21,9 +21,10 @@ from common.tracking import progress
 class DpoTrainer(RecipeTrainer):
     """Minimises the mean `dpo_loss` of the pairs. All micro-batches of a step hold as many pairs."""
 
-    def __init__(self, *args: Any, beta: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, beta: float, temperature: float, **kwargs: Any) -> None:
         super().__init__(*args, compute_metrics=pair_metrics, **kwargs)
         self._beta = beta
+        self._temperature = temperature
 
     def compute_loss(
         self,
@@ -49,13 +50,15 @@ class DpoTrainer(RecipeTrainer):
 
     def _losses(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> PreferenceLoss:
         batch = SequenceBatch(*(inputs[name] for name in SequenceBatch._fields))
-        logprobs = sequence_logprobs(model, self.accelerator.unwrap_model(model), batch)
+        logprobs = sequence_logprobs(model, self.accelerator.unwrap_model(model), batch, self._temperature)
         return dpo_loss(*logprobs.chunk(2), *inputs["reference"].chunk(2), self._beta)
 
 
-def sequence_logprobs(forward: nn.Module, module: nn.Module, batch: SequenceBatch) -> torch.Tensor:
+def sequence_logprobs(
+    forward: nn.Module, module: nn.Module, batch: SequenceBatch, temperature: float
+) -> torch.Tensor:
     """Log-prob of each whole response, (B,)."""
-    scores = response_scores(forward, module, batch, temperature=1.0)
+    scores = response_scores(forward, module, batch, temperature)
     return torch.where(batch.response_mask, scores.logprobs, 0.0).sum(1)
 
 
@@ -65,14 +68,16 @@ def pair_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 @torch.no_grad()
-def add_reference(pairs: Sequence[Pair], model: nn.Module, collator: PairCollator, batch_size: int) -> None:
+def add_reference(
+    pairs: Sequence[Pair], model: nn.Module, collator: PairCollator, batch_size: int, temperature: float
+) -> None:
     """Fill `reference` of all pairs with the log-probs of `model`, whole on each rank; ranks share the work."""
     mine = range(distributed.rank() * batch_size, len(pairs), distributed.world_size() * batch_size)
     found: dict[int, list[tuple[float, float]]] = {}
     for start in progress(mine, desc="reference"):
         inputs = collator(pairs[start : start + batch_size])
         batch = SequenceBatch(*(inputs[name].to(model.device) for name in SequenceBatch._fields))
-        chosen, rejected = sequence_logprobs(model, model, batch).chunk(2)
+        chosen, rejected = sequence_logprobs(model, model, batch, temperature).chunk(2)
         found[start] = list(zip(chosen.tolist(), rejected.tolist(), strict=True))
     everywhere: list[Any] = [found]
     if distributed.world_size() > 1:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from common.feedback.annotator import RELEVANT_FROM
-from common.text import normalise
+from common.text import STOP_WORDS, normalise
 
 
 def relevance_rate(query_scores: Sequence[int], k: int) -> float:
@@ -106,6 +106,22 @@ def distinct_n(responses: Iterable[Sequence[str]], n: int, k: int) -> float | No
             words = _words(query)
             counts.update(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
     return len(counts) / counts.total() if counts else None
+
+
+def word_habits(responses: Iterable[Sequence[str]], k: int) -> dict[str, float]:
+    """Shares of a corpus's words that their query said before, and that are function words; 0 without a word.
+
+    Both rise when a policy has learnt what its reward model overlooks.
+    """
+    words, repeated, function = word_counts(responses, k)
+    return {"repeated_word_rate": repeated / max(words, 1), "function_word_rate": function / max(words, 1)}
+
+
+def word_counts(responses: Iterable[Sequence[str]], k: int) -> tuple[int, int, int]:
+    """Words of a corpus's first `k` lines; those that their query said before; function words."""
+    queries = [_words(query) for response in responses for query in response[:k]]
+    repeated = sum(len(query) - len(set(query)) for query in queries)
+    return sum(map(len, queries)), repeated, sum(word in STOP_WORDS for query in queries for word in query)
 
 
 def distinct_forms(texts: Iterable[str]) -> set[str]:

@@ -55,7 +55,8 @@ class RewardScores(NamedTuple):
 class TokenRewardModel:
     """Scores responses with `module`, a token classifier; one forward call a batch, whatever the batch holds.
 
-    `class_weights` (3,), those of its local loss, are taken out of the word scores (`without_class_weights`). A sentence-level model has no word scores: each word then carries its query's score, on the words' scale.
+    `class_weights` (3,), those of its local loss, are taken out of the word scores (`without_class_weights`). A
+    sentence-level model has no word scores: each word then carries its query's score, on the words' scale.
     `module` may be in DeepSpeed's hands: it is called as it is, on the device that its weights are on.
     """
 

@@ -105,10 +105,10 @@ def test_sequence_logprobs_equal_the_unpadded_ones() -> None:
     inputs = PairCollator(builder.tokenizer.pad_token_id)(pairs)
     batch = SequenceBatch(*(inputs[name] for name in SequenceBatch._fields))
     with torch.no_grad():
-        together = sequence_logprobs(model, model, batch).tolist()
+        together = sequence_logprobs(model, model, batch, 0.7).tolist()
         for place, (pair, side) in enumerate((pair, side) for side in ("chosen", "rejected") for pair in pairs):
             ids = torch.tensor([pair["prompt"] + pair[side]])
-            logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).squeeze(1)
+            logprobs = (model(ids).logits / 0.7).log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).squeeze(1)
             # fp32 over another batch shape: errors of 1e-6 a token on sums of some ten of them
             assert together[place] == pytest.approx(logprobs[len(pair["prompt"]) - 1 :].sum().item(), abs=1e-4)
 
@@ -141,6 +141,6 @@ def test_the_command_learns_its_pairs(tmp_path: Path, monkeypatch: pytest.Monkey
     for folder in ("sft", "dpo/model"):
         model = load_causal_lm(str(tmp_path / folder), ModelOptions()).eval()
         with torch.no_grad():
-            ratios.append(sequence_logprobs(model, model, batch))
+            ratios.append(sequence_logprobs(model, model, batch, 1.0))
     chosen, rejected = (ratios[1] - ratios[0]).chunk(2)
     assert (chosen > rejected).all()

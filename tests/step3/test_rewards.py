@@ -70,6 +70,12 @@ def test_a_repeated_query_and_one_past_the_last_get_the_worst() -> None:
     assert rewards.guard == pytest.approx([0, 0, -2, -1, -1, 0])
 
 
+def test_a_word_said_before_in_its_query_scores_nothing() -> None:
+    rewards = token_rewards(tokens("tie", " Tie!", "\n", "tie", " hat", ""), [2.0, 2.0, 2.0, 2.0], True, PLAIN)
+    # Two words a query: +1/2 each, but -1/2 for the repeat; another query may say the word again.
+    assert rewards.model == pytest.approx([0.5, -0.5, 0, 0.5, 0.5, 0])
+
+
 def test_the_sentence_score_stands_at_the_querys_last_token() -> None:
     options = replace(PLAIN, sentence_coef=0.5)
     rewards = token_rewards(RED_SHOES, SCORES, True, options, queries=(0.9, 0.25))

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from common.data.records import Event, Example
+from common.evaluation.metrics import word_habits
 from common.files import read_json, write_jsonl
+from common.models.sequences import pad_sequences
 from study import measure
 from study.controls import copy_last, popularity, user_frequent
-from study.measure import relevance_by_length, sequence_kl, word_habits
+from study.measure import relevance_by_length, sequence_kl
 from tests.tiny_models import ordinary_tokenizer, tiny_llama
 
 
@@ -38,17 +40,18 @@ def test_kl_is_zero_to_itself_and_the_log_ratio_otherwise() -> None:
     with torch.no_grad():
         other.lm_head.weight.mul_(0.5)
     prompts, responses = [[5, 6, 7], [8]], [[9, 10], [11, 12, 13]]
-    assert sequence_kl(model, model, prompts, responses, 0, 2) == 0.0
+    batches = [pad_sequences(prompts, responses, 0, torch.device("cpu"))]
+    assert sequence_kl(model, model, batches, 0.7) == 0.0
     expected = 0.0
     for prompt, response in zip(prompts, responses, strict=True):
         ids = torch.tensor([prompt + response])
         rows = slice(len(prompt) - 1, -1)
         with torch.no_grad():
-            own, reference = (m(ids).logits[0, rows].log_softmax(-1) for m in (model, other))
+            own, reference = ((m(ids).logits[0, rows] / 0.7).log_softmax(-1) for m in (model, other))
         chosen = torch.tensor(response)[:, None]
         expected += float((own - reference).gather(1, chosen).sum())
     # fp32 log-probs of five tokens, padded together or alone: errors of 1e-6 each
-    assert sequence_kl(model, other, prompts, responses, 0, 2) == pytest.approx(expected / 2, abs=1e-5)
+    assert sequence_kl(model, other, batches, 0.7) == pytest.approx(expected / 2, abs=1e-5)
 
 
 def test_habits_and_lengths_by_hand() -> None:

@@ -76,6 +76,9 @@ def test_inputs_are_jobs_and_every_path_read_is_in_an_input(jobs: dict[str, Job]
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_changes_what_it_says(jobs: dict[str, Job], name: str) -> None:
+    if name == "credit_short":  # as TPPO is in these plans
+        assert f"ablation_{name}/s1/tppo" not in jobs
+        return
     assert _changed(jobs[f"ablation_{name}/s1/tppo"], jobs["main/s1/tppo"]) == set(ABLATIONS[name])
 
 
@@ -95,6 +98,7 @@ def test_seeds_differ_in_seed_and_models_alone(jobs: dict[str, Job]) -> None:
 
 def test_search_points_differ_in_what_is_searched_and_use_development_users(jobs: dict[str, Job]) -> None:
     assert _changed(jobs["search/s0/tppo-1"], jobs["search/s0/tppo-0"]) == {"actor_learning_rate"}
+    assert _changed(jobs["search/s0/tppo-6"], jobs["search/s0/tppo-0"]) == {"gamma", "lam"}
     for name, job in jobs.items():
         if "study.measure" in dict(job.commands):
             assert _settings(job, "study.measure")["split"] == ("dev" if name.startswith("search/") else "test")
