@@ -13,13 +13,13 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from common.files import write_json
+from common.files import digest, read_json, write_json
 
 DONE_NAME = "done.json"
 POLL_SECONDS = 0.2
@@ -49,6 +49,25 @@ def shell_line(command: Command) -> str:
     """A command as a user would type it."""
     module, flags = command
     return shlex.join(["python", "-m", module, *flags])
+
+
+def fingerprints(jobs: Iterable[Job]) -> dict[str, str]:
+    """What each job's result depends on, by name: its commands and, through theirs, those of all that it reads.
+
+    A result with another fingerprint was made by other settings and is made again.
+    """
+    by_name = {job.name: job for job in jobs}
+    found: dict[str, str] = {}
+
+    def fingerprint(name: str) -> str:
+        if name not in found:
+            job = by_name[name]
+            found[name] = digest(*map(shell_line, job.commands), *map(fingerprint, job.inputs))
+        return found[name]
+
+    for name in by_name:
+        fingerprint(name)
+    return found
 
 
 def needed_jobs(jobs: Iterable[Job], wanted: Callable[[Job], bool], done: Callable[[Job], bool]) -> list[Job]:
@@ -82,12 +101,13 @@ class JobRunner:
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
 
-    def is_done(self, job: Job) -> bool:
-        """Whether the job's folder is complete."""
-        return (self._folder / job.name / DONE_NAME).is_file()
+    def is_done(self, job: Job, fingerprint: str) -> bool:
+        """Whether the job's folder is complete and was made with this fingerprint."""
+        mark = self._folder / job.name / DONE_NAME
+        return mark.is_file() and read_json(mark)["fingerprint"] == fingerprint
 
-    def run(self, jobs: list[Job]) -> None:
-        """Run all `jobs`. Raises `StudyFailed` when one fails."""
+    def run(self, jobs: list[Job], marks: Mapping[str, str]) -> None:
+        """Run all `jobs`, whose fingerprints are `marks`. Raises `StudyFailed` when one fails."""
         waiting = list(jobs)
         running: dict[str, tuple[Job, BaseProcess, float]] = {}
         failed: list[str] = []
@@ -96,7 +116,7 @@ class JobRunner:
             ready = [job for job in waiting if not unfinished & set(job.inputs)]
             for job in ready[: 0 if failed else self._workers - len(running)]:
                 waiting.remove(job)
-                process = self._context.Process(target=run_job, args=(job, str(self._folder)))
+                process = self._context.Process(target=run_job, args=(job, str(self._folder), marks[job.name]))
                 process.start()
                 running[job.name] = (job, process, time.monotonic())
             for name, (job, process, begun) in list(running.items()):
@@ -113,9 +133,10 @@ class JobRunner:
             raise StudyFailed(f"{', '.join(failed)} failed; see {logs}. Start again to go on from here")
 
 
-def run_job(job: Job, study_folder: str) -> None:
+def run_job(job: Job, study_folder: str, fingerprint: str) -> None:
     """The body of a job's process: its commands one by one, output to `log.txt`, and the mark that it is done."""
     folder = Path(study_folder) / job.name
+    (folder / DONE_NAME).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
@@ -126,7 +147,7 @@ def run_job(job: Job, study_folder: str) -> None:
         print(f"$ {shell_line((module, flags))}", flush=True)
         sys.argv = [module, *flags]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
-    write_json(folder / DONE_NAME, {"seconds": round(time.monotonic() - begun, 1)})
+    write_json(folder / DONE_NAME, {"fingerprint": fingerprint, "seconds": round(time.monotonic() - begun, 1)})
 
 
 def _free_port() -> int:

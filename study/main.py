@@ -3,7 +3,7 @@
     bash scripts/reproduce.sh                 the whole study (hours)
     bash scripts/reproduce.sh --quick         a sketch of it with the same code
 
-It goes on where it stopped: what left a record is not run again.
+It goes on where it stopped: what left a record is not run again, unless the settings that led to it have changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from common.config import option, parse_config
 from common.errors import InputError, run_command
 from common.files import read_json, write_json
-from study.jobs import Job, JobRunner, StudyFailed, needed_jobs
+from study.jobs import Job, JobRunner, StudyFailed, fingerprints, needed_jobs
 from study.parts import Chosen, axis_jobs, budget_jobs, main_jobs, real_jobs, search_jobs
 from study.plan import Planner
 from study.records import Records, leaves_record
@@ -80,6 +80,7 @@ class Study:
         self._results = results
         self._records = Records(results / "records")
         self._runner = JobRunner(work, workers, self._finish)
+        self._marks: dict[str, str] = {}
         self._left = 0
         self._begun = time.monotonic()
         self._ended = 0
@@ -95,17 +96,18 @@ class Study:
         """Run what `plan` adds, as far as no record of it is there."""
         planner = Planner(self._work, scale, real_logs)
         plan(planner)
+        marks = self._marks = fingerprints(planner.jobs.values())
         jobs = needed_jobs(
             planner.jobs.values(),
-            wanted=lambda job: leaves_record(job) and not self._records.has(job),
-            done=self._runner.is_done,
+            wanted=lambda job: leaves_record(job) and not self._records.has(job, marks[job.name]),
+            done=lambda job: self._runner.is_done(job, marks[job.name]),
         )
         self._left, self._ended, self._begun = len(jobs), 0, time.monotonic()
-        self._runner.run(jobs)
+        self._runner.run(jobs, marks)
 
     def _finish(self, job: Job, seconds: float) -> None:
         folder = self._work / job.name
-        record = self._records.write(job, folder, seconds)
+        record = self._records.write(job, folder, seconds, self._marks[job.name])
         for leftover in job.leftovers:
             shutil.rmtree(folder / leftover, ignore_errors=True)
         self._left -= 1

@@ -34,11 +34,12 @@ class Records:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def has(self, job: Job) -> bool:
-        """Whether the job left its record."""
-        return self._path(job.name).is_file()
+    def has(self, job: Job, fingerprint: str) -> bool:
+        """Whether the job left its record, made with this fingerprint."""
+        path = self._path(job.name)
+        return path.is_file() and read_json(path)["fingerprint"] == fingerprint
 
-    def write(self, job: Job, job_folder: Path, seconds: float) -> dict[str, Any] | None:
+    def write(self, job: Job, job_folder: Path, seconds: float, fingerprint: str) -> dict[str, Any] | None:
         """Make the record of a finished job; None for a job that leaves none."""
         if (job_folder / "measure.json").is_file():
             record = _measured(read_json(job_folder / "measure.json"))
@@ -53,7 +54,8 @@ class Records:
             }
         else:
             return None
-        record |= {"seconds": round(seconds, 1), "commands": [shell_line(command) for command in job.commands]}
+        record |= {"fingerprint": fingerprint, "seconds": round(seconds, 1)}
+        record |= {"commands": [shell_line(command) for command in job.commands]}
         with atomic_write(self._path(job.name)) as stream:
             json.dump(record, stream, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
             stream.write("\n")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from study.jobs import Job, JobRunner, StudyFailed, needed_jobs, shell_line
+from study.jobs import Job, JobRunner, StudyFailed, fingerprints, needed_jobs, shell_line
 
 MODULE = "tests.study.job_that_writes"
 
@@ -22,12 +22,14 @@ def test_inputs_come_first_and_each_job_runs_once(tmp_path: Path) -> None:
     ended: list[str] = []
     runner = JobRunner(tmp_path / "study", 2, lambda job, seconds: ended.append(job.name))
     jobs = _jobs(written, {"c": "third", "a": "first", "b": "second"})
-    runner.run(jobs)
+    marks = fingerprints(jobs)
+    runner.run(jobs, marks)
     words = written.read_text().split()
     assert sorted(words[:2]) == ["first", "second"]
     assert words[2] == "third"
     assert ended[-1] == "c"
-    assert all(runner.is_done(job) for job in jobs)
+    assert all(runner.is_done(job, marks[job.name]) for job in jobs)
+    assert not runner.is_done(jobs[0], "another")
     assert shell_line(jobs[0].commands[0]) in (tmp_path / "study" / "c" / "log.txt").read_text()
 
 
@@ -35,10 +37,12 @@ def test_a_failure_stops_what_follows_and_a_second_run_goes_on(tmp_path: Path) -
     written = tmp_path / "written.txt"
     runner = JobRunner(tmp_path / "study", 1, lambda job, seconds: None)
     with pytest.raises(StudyFailed, match=r"b failed; see .*b/log\.txt"):
-        runner.run(_jobs(written, {"a": "first", "b": "fail", "c": "third"}))
+        failing = _jobs(written, {"a": "first", "b": "fail", "c": "third"})
+        runner.run(failing, fingerprints(failing))
     assert written.read_text().split() == ["first"]
     jobs = _jobs(written, {"a": "first", "b": "second", "c": "third"})
-    runner.run(needed_jobs(jobs, wanted=lambda job: job.name == "c", done=runner.is_done))
+    marks = fingerprints(jobs)
+    runner.run(needed_jobs(jobs, lambda job: job.name == "c", lambda job: runner.is_done(job, marks[job.name])), marks)
     assert written.read_text().split() == ["first", "second", "third"]
 
 
@@ -48,3 +52,15 @@ def test_needed_jobs_are_the_wanted_ones_and_what_they_read() -> None:
     names = [job.name for job in needed_jobs(jobs, lambda job: job.name == "ppo", lambda job: job.name == "log")]
     assert names == ["sft", "reward", "ppo"]
     assert needed_jobs(jobs, lambda job: job.name == "ppo", lambda job: True) == []
+
+
+def test_a_changed_command_changes_the_fingerprints_of_all_that_follows() -> None:
+    def marks(flag: str) -> dict[str, str]:
+        return fingerprints([
+            Job("log", (("m", ("--users", "5")),)), Job("sft", (("m", ("--epochs", flag)),), ("log",)),
+            Job("ppo", (("m", ()),), ("sft",)), Job("control", (("m", ()),), ("log",)),
+        ])  # fmt: skip
+
+    before, after = marks("1"), marks("2")
+    assert {name for name in before if before[name] != after[name]} == {"sft", "ppo"}
+    assert before == marks("1")

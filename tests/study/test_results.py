@@ -52,7 +52,7 @@ def _write(work: Path, records: Records, name: str, measure: dict, relevance: li
         (work / name / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
         profile = {"step": 0, "tokens": [9.0, 5.0], "reward": [0.1, 0.2], "value": [0.0, 0.0], "credit": [1.0, 0.5]}
         (work / name / "run" / "profiles.jsonl").write_text(json.dumps(profile) + "\n")
-    records.write(_job(name, relevance is not None), work / name, 12.3)
+    records.write(_job(name, relevance is not None), work / name, 12.3, "mark")
 
 
 def test_differences_by_hand(tmp_path: Path) -> None:
