@@ -95,6 +95,5 @@ class Scale:
 
 FULL = Scale()
 QUICK = Scale(
-    users=1500, seeds=(1, 2), axis_seeds=(), sft_epochs=6, ppo_steps=15, budgets=(150,), search=False, axes=False,
-    real_seeds=(),
+    users=3000, seeds=(1, 2), axis_seeds=(), ppo_steps=20, budgets=(150,), search=False, axes=False, real_seeds=(),
 )  # fmt: skip

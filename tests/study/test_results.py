@@ -130,3 +130,9 @@ def test_results_have_the_keys_that_other_tools_read(tmp_path: Path) -> None:
     for name in ("ppo_curves", "relevance_and_kl", "credit", "ablations", "query_length", "over_optimisation"):
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 5000
         assert f"figures/{name}.png" in page
+
+
+def test_a_page_without_runs_says_so(tmp_path: Path) -> None:
+    write_results(tmp_path)
+    assert "has not been run yet" in (tmp_path / "README.md").read_text()
+    assert read_json(tmp_path / "reproduction.json")["systems"] == {}
