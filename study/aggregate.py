@@ -97,6 +97,20 @@ def compare(a: Mapping[int, Record], b: Mapping[int, Record], decoding: str, jud
     return {name: named(crossed_estimate(values, RESAMPLES, BOOTSTRAP_SEED)) for name, values in estimates.items()}
 
 
+def ablation(changed: Mapping[int, Record], plain: Mapping[int, Record], judge: str = MAIN_JUDGE) -> dict[str, Any]:
+    """An arm with one thing changed, minus the arm as it is, on the seeds of both; its KL and its largest ratio.
+
+    `max_ratio` is the largest `pi / pi_old` of any token in any update of a rollout, over all seeds: how far several
+    updates a rollout leave the policy that sampled it.
+    """
+    ratios = [max(record["curve"]["max_ratio"]) for record in changed.values() if record.get("curve")]
+    return {
+        **both_decodings(changed, plain, judge),
+        "kl": over_seeds([record["kl"] for record in changed.values()]),
+        "max_ratio": max(ratios, default=None),
+    }
+
+
 def relevant(record: Record, decoding: str, judge: str) -> np.ndarray:
     """Relevant queries of each user, (U,)."""
     return np.array(record["decodings"][decoding][judge]["relevant"].split(), dtype=float)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from common.files import atomic_write, read_json, write_json
-from study.aggregate import Runs, at_equal_kl, group_runs, rollouts_to_reach, summarise_axis
+from study.aggregate import Runs, ablation, at_equal_kl, group_runs, rollouts_to_reach, summarise_axis
 from study.figures import LABELS, draw_all
 from study.records import Records
 from study.settings import COMPARED
 
+ABLATION = "ablation_"
 JSON_NAME, PAGE_NAME = "reproduction.json", "README.md"
 KL_LEVELS = (1.0, 2.0, 3.0, 4.0)
 MEASURES = {
@@ -69,7 +70,12 @@ def aggregate(runs: Runs, rewards: Mapping[str, Any]) -> dict[str, Any]:
         },
         "axes": {
             name: summarise_axis(systems)
-            for name, systems in runs.items() if name not in ("main", "real") and not name.startswith("budget")
+            for name, systems in runs.items()
+            if name not in ("main", "real") and not name.startswith(("budget", ABLATION))
+        },
+        "ablations": {
+            name.removeprefix(ABLATION): ablation(systems["tppo"], main["tppo"])
+            for name, systems in runs.items() if name.startswith(ABLATION) and "tppo" in main
         },
         "reward_models": {name: record["metrics"] for name, record in rewards.items()},
     }  # fmt: skip
@@ -109,6 +115,9 @@ def page(results: Mapping[str, Any], runs: Runs, search: Mapping[str, Any] | Non
         parts += ["## Label budget", axis_table(results["label_budget"], "labelled users")]
     if results["axes"]:
         parts += ["## Other axes", axis_table(results["axes"], "axis")]
+    if results["ablations"]:
+        parts += ["## TPPO with one thing changed\n\nLess TPPO as it is, in points, on the same seeds and users.",
+                  ablation_table(results["ablations"])]  # fmt: skip
     if "real" in results:
         parts += ["## Real logs\n\nLexical annotator; the truth is what the users searched next.",
                   systems_table(results["real"]["systems"], "sampled"),
@@ -216,6 +225,16 @@ def axis_table(axes: Mapping[str, Any], label: str) -> str:
     head = [LABELS[arm] for arm in COMPARED]
     head += [f"TPPO - {LABELS[b]}, points" for b in COMPARED[:2]] + ["items won less lost, end of response"]
     return table([label, *head, *(f"{LABELS[arm]}, greedy" for arm in COMPARED)], rows)
+
+
+def ablation_table(found: Mapping[str, Any]) -> str:
+    """A row a change: differences of both decodings, the KL, the largest ratio of an update."""
+    rows = [
+        [name, points(change["relevance_rate"]), points(change["greedy"]["relevance_rate"]),
+         number(change["kl"]["mean"], 2), number(change["max_ratio"], 2)]
+        for name, change in sorted(found.items())
+    ]  # fmt: skip
+    return table(["change", "relevance, sampled", "relevance, greedy", "KL", "largest ratio"], rows)
 
 
 def search_table(search: Mapping[str, Any]) -> str:

@@ -125,6 +125,7 @@ def test_results_have_the_keys_that_other_tools_read(tmp_path: Path) -> None:
         for place in (results, results["label_budget"]["150"]):
             assert set(place["differences"]["tppo_minus_ppo_response"][measure]) == {"mean", "low", "high"}
     assert results["rollouts_to_reach"]["ppo_response_final"]["tppo"] == 3 * 64
+    assert results["ablations"]["copy"]["max_ratio"] == pytest.approx(0.4)  # the largest of the made-up curves
     page = (tmp_path / "README.md").read_text()
     assert page.splitlines()[2].startswith("**The goal is ")
     for name in ("ppo_curves", "relevance_and_kl", "credit", "ablations", "query_length", "over_optimisation"):
