@@ -229,7 +229,7 @@ def test_a_word_of_two_tokens_is_judged_by_their_mean(bert: Parts) -> None:
     assert metrics["sentence_mse"] == pytest.approx(expected**2, rel=1e-5)
     undefined = {name for name, value in metrics.items() if math.isnan(value)}
     assert undefined == {
-        "sentence_spearman", "token_auc", "word_auc",
+        "sentence_spearman", "sentence_auc", "token_auc", "word_auc",
         *(f"{level}_accuracy_{label}" for level in ("token", "word") for label in (1, 2)),
     }  # fmt: skip
 

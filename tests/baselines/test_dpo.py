@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from common.feedback.labels import label_row
 from common.files import write_jsonl
 from common.models.loading import load_causal_lm
 from common.models.sequences import SequenceBatch
+from tests.distributed.ranks import run_on_ranks
 from tests.tiny_models import ordinary_tokenizer, tiny_llama
 
 HISTORY = [{"type": "search", "query": "red shoes"}]
@@ -113,8 +115,14 @@ def test_sequence_logprobs_equal_the_unpadded_ones() -> None:
             assert together[place] == pytest.approx(logprobs[len(pair["prompt"]) - 1 :].sum().item(), abs=1e-4)
 
 
-def test_the_command_learns_its_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a handful of pairs the margin of the trained model over the reference becomes positive for all of them."""
+def _main(rank: int, world_size: int, argv: list[str]) -> None:
+    with mock.patch.object(sys, "argv", ["dpo", *argv]):
+        dpo.main()
+
+
+@pytest.mark.distributed
+def test_the_command_learns_its_pairs(tmp_path: Path) -> None:
+    """On two ranks under ZeRO-3 the margin of the trained model over the reference becomes positive for every pair."""
     tiny_llama().save_pretrained(tmp_path / "sft")
     ordinary_tokenizer().save_pretrained(tmp_path / "sft")
     samples = [sample for sample, _ in LABELLED]
@@ -127,12 +135,11 @@ def test_the_command_learns_its_pairs(tmp_path: Path, monkeypatch: pytest.Monkey
     flags = {
         "model_name_or_path": tmp_path / "sft", "samples": tmp_path / "samples.jsonl",
         "labels": tmp_path / "labels.jsonl", "output_dir": tmp_path / "dpo", "prompt_template": "compact",
-        "num_queries": 2, "max_prompt_tokens": 32, "zero_stage": 0, "learning_rate": 1e-3, "num_train_epochs": 10,
-        "warmup_ratio": 0, "tensorboard": "false",
+        "num_queries": 2, "max_prompt_tokens": 32, "zero_stage": 3, "per_device_train_batch_size": 1,
+        "learning_rate": 1e-3, "num_train_epochs": 10, "warmup_ratio": 0, "tensorboard": "false",
     }  # fmt: skip
     argv = [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
-    monkeypatch.setattr(sys, "argv", ["dpo", *argv])
-    dpo.main()
+    run_on_ranks(_main, 2, argv)
     builder = _builder()
     pairs = build_pairs(LABELLED, builder, "train")
     inputs = PairCollator(builder.tokenizer.pad_token_id)(pairs)

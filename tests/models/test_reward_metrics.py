@@ -68,3 +68,9 @@ def test_constant_scores_have_no_rank_correlation() -> None:
     metrics = sentence_metrics(np.array([0.5, 0.5]), np.array([0.0, 1.0]))
     assert metrics["mse"] == pytest.approx(0.25)
     assert math.isnan(metrics["spearman"])
+
+
+def test_sentence_auc_parts_relevant_queries_from_others() -> None:
+    # Relevant are those labelled .5 and 1; of the four pairs only (.35, .4) is ranked wrongly.
+    metrics = sentence_metrics(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0.0, 0.0, 0.5, 1.0]))
+    assert metrics["auc"] == 0.75
