@@ -16,17 +16,19 @@ REWARD_PARTS = ("model", "sentence", "length_penalty", "guard")
 UPDATE_SUMS = ("policy_loss", "value_loss", "policy_clipped", "value_clipped", "approx_kl", "tokens", "steps")
 
 
-def rollout_metrics(rollout: Rollout, returns: torch.Tensor, advantages: torch.Tensor, beta: float, k: int) -> dict:
+def rollout_metrics(
+    rollout: Rollout, returns: torch.Tensor, advantages: torch.Tensor, kl_penalty: torch.Tensor, k: int
+) -> dict[str, float]:
     """Scalars of one rollout: rewards and their parts per token, per query and per response, KL, lengths, formats.
 
-    `returns` and `advantages` (before whitening) are (B, T); `beta` is the KL's coefficient, `k` the queries asked
-    for. The KL part of the reward is `-beta * kl`. Explained variance is that of the critic before its update.
+    `returns`, `advantages` (before whitening) and `kl_penalty`, the KL's part of the reward, are (B, T); `k` is the
+    number of queries asked for. Explained variance is that of the critic before its update.
     """
     mask = rollout.batch.response_mask
     responses = [split_queries(response.text) for response in rollout.generated]
     queries = [normalise(query) for response in responses for query in response]
     sums = {name: part_tensor(rollout, name)[mask].sum() for name in REWARD_PARTS} | {
-        "kl_penalty": -beta * rollout.kl[mask].sum(),
+        "kl_penalty": kl_penalty[mask].sum(),
         "kl": rollout.kl[mask].sum(),
         "entropy": rollout.entropy[mask].sum(),
         "tokens": mask.sum(),

@@ -105,12 +105,13 @@ class TPPOTrainer:
         rollout = self._make_rollout(self._examples_of(step), seed=self._seed(step, distributed.rank()))
         mask = rollout.batch.response_mask
         beta = self._kl.coef
-        rewards = config.reward_scale * self._normalise(rollout.rewards, mask)
+        kl_penalty = torch.zeros_like(rollout.rewards)
         if config.kl_in == "reward":
             kl = kl_estimate(rollout.old_logprobs, rollout.reference_logprobs, mask, config.kl_estimator)
-            rewards = rewards - beta * kl
+            kl_penalty = -beta * kl
+        rewards = config.reward_scale * self._normalise(rollout.rewards, mask) + kl_penalty
         advantages, returns = generalized_advantages(rewards, rollout.values, mask, config.gamma, config.lam)
-        scalars = rollout_metrics(rollout, returns, advantages, beta, config.num_queries)
+        scalars = rollout_metrics(rollout, returns, advantages, kl_penalty, config.num_queries)
         scalars["kl/coef"] = beta
         if self._monitor is not None:
             scalars |= self._monitor(rollout)

@@ -11,7 +11,7 @@ from common.files import atomic_write, read_json, write_json
 from study.aggregate import Runs, ablation, at_equal_kl, group_runs, rollouts_to_reach, summarise_axis
 from study.figures import LABELS, draw_all
 from study.records import Records
-from study.settings import COMPARED
+from study.settings import COMPARED, TEMPERATURE
 
 ABLATION = "ablation_"
 JSON_NAME, PAGE_NAME = "reproduction.json", "README.md"
@@ -89,9 +89,10 @@ def page(results: Mapping[str, Any], runs: Runs, search: Mapping[str, Any] | Non
     parts = [
         "# Results",
         goal_paragraph(results),
-        "Rates are shares of the queries asked for, on test users that nothing was trained or chosen on. Sampled is "
-        "temperature 1, greedy the likeliest token. Intervals are 95 %: of a system over its seeds (Student's t), of "
-        "a difference over seeds and users (pigeonhole bootstrap). What was found: [findings.md](findings.md). "
+        "Rates are shares of the queries asked for, on test users that nothing was trained or chosen on. Sampled is at "
+        f"temperature {TEMPERATURE:g}, as in training, greedy the likeliest token. Intervals are 95 %: of a system "
+        "over its seeds (Student's t), of a difference over seeds and users (pigeonhole bootstrap). "
+        "What was found: [findings.md](findings.md). "
         "All of it is made by `bash scripts/reproduce.sh`; tables and figures alone, from `records/`, by "
         "`bash scripts/reproduce.sh --report_only`. Each record names its commands.",
         "## Systems",
