@@ -149,9 +149,9 @@ def over_optimisation(systems: Mapping[str, Mapping[int, Record]]) -> Any:
 
 
 def credit(systems: Mapping[str, Mapping[int, Record]]) -> Any:
-    """Mean magnitude of the advantage, and mean reward, at each place of a response, over the last ten rollouts."""
+    """Mean magnitude of the advantage, and mean reward, at each place of a response, late in the runs."""
     found = {
-        name: [row for record in systems[name].values() for row in record.get("profiles", [])[-10:]]
+        name: [record["profile"] for record in systems[name].values() if "profile" in record]
         for name in COMPARED if name in systems
     }  # fmt: skip
     if not any(found.values()):

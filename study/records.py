@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.files import atomic_write, read_json
 from common.tracking import read_metrics
 from study.jobs import Job, shell_line
@@ -25,6 +27,7 @@ CURVE = {
     "response/words_per_query": "words_per_query",
     "seconds/step": "seconds",
 }
+LATE = 10  # rollouts at the end of a run that its credit profile is taken over
 REWARD_CURVE = ("loss", "local_loss", "sentence_mse", "sentence_auc", "word_auc")
 
 
@@ -46,7 +49,7 @@ class Records:
             metrics = job_folder / "run" / "metrics.jsonl"
             if metrics.is_file() and "step3_tppo.main" in dict(job.commands):
                 record["curve"] = _curve(read_metrics(metrics))
-                record["profiles"] = _profiles(job_folder / "run" / "profiles.jsonl")
+                record["profile"] = _late_profile(read_metrics(job_folder / "run" / "profiles.jsonl"))
         elif (job_folder / "reward" / "metrics.json").is_file():
             record = {
                 "metrics": _rounded(read_json(job_folder / "reward" / "metrics.json")),
@@ -92,8 +95,15 @@ def _curve(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     }
 
 
-def _profiles(path: Path) -> list[dict[str, Any]]:
-    return read_metrics(path) if path.is_file() else []
+def _late_profile(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Tokens, mean reward and mean |advantage| at each place of a response, over the last rollouts together."""
+    tokens, reward, credit = (np.array([row[name] for row in rows[-LATE:]]) for name in ("tokens", "reward", "credit"))
+    total = tokens.sum(axis=0)
+    means = {
+        name: ((values * tokens).sum(axis=0) / np.maximum(total, 1)).tolist()
+        for name, values in (("reward", reward), ("credit", credit))
+    }
+    return {"tokens": total.tolist(), **{name: list(map(_digits, values)) for name, values in means.items()}}
 
 
 def _reward_curve(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
