@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import shlex
+import shutil
 import socket
 import sys
 import time
@@ -136,8 +137,9 @@ class JobRunner:
 def run_job(job: Job, study_folder: str, fingerprint: str) -> None:
     """The body of a job's process: its commands one by one, output to `log.txt`, and the mark that it is done."""
     folder = Path(study_folder) / job.name
-    (folder / DONE_NAME).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    # What a killed run or other settings left is not to be gone on with: labels, say, of samples that are made anew.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
