@@ -15,7 +15,7 @@ from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
 from common.engine.trainer import last_complete_checkpoint, remove_incomplete_checkpoints, run_callbacks
-from common.engine.trainer_options import training_arguments
+from common.engine.trainer_options import MAY_DIFFER, training_arguments
 from common.errors import run_command
 from common.files import claim_output_dir, write_json
 from common.models.loading import (
@@ -27,7 +27,7 @@ from common.models.loading import (
     load_tokenizer,
     save_model_folder,
 )
-from step1_sft.config import MAY_DIFFER, SftConfig, check_config
+from step1_sft.config import SftConfig, check_config
 from step1_sft.dataset import PadRight, Rows, build_rows
 from step1_sft.trainer import SftTrainer
 

@@ -10,10 +10,6 @@ from common.errors import InputError
 from common.models.reward_encoder import RewardInputOptions
 from common.models.reward_losses import HEAD_OUTPUTS, NUM_CLASSES
 
-# What may change between a run and its continuation.
-MAY_DIFFER = frozenset(
-    {"resume", "overwrite", "tensorboard", "save_total_limit", "logging_steps", "per_device_eval_batch_size"}
-)
 _CLASSES = "classes 0 irrelevant, 1 relevant, 2 very relevant"
 
 

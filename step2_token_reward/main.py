@@ -16,7 +16,7 @@ from typing import Any
 from common.config import parse_config
 from common.engine import distributed
 from common.engine.trainer import last_complete_checkpoint, remove_incomplete_checkpoints, run_callbacks
-from common.engine.trainer_options import training_arguments
+from common.engine.trainer_options import MAY_DIFFER, training_arguments
 from common.errors import run_command
 from common.feedback.labels import read_labels
 from common.files import claim_output_dir, write_json
@@ -24,7 +24,7 @@ from common.models.loading import check_attention, load_fast_tokenizer
 from common.models.reward_encoder import RewardEncoder
 from common.models.reward_losses import inverse_class_frequency
 from common.models.token_reward import load_token_reward_model, reads_both_ways, save_token_reward_model
-from step2_token_reward.config import MAY_DIFFER, Step2Config, check_config
+from step2_token_reward.config import Step2Config, check_config
 from step2_token_reward.dataset import RewardCollator, RewardData, build_data
 from step2_token_reward.trainer import RewardTrainer
 

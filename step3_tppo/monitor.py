@@ -13,10 +13,10 @@ import torch
 from common.engine.distributed import sum_over_ranks
 from common.evaluation.summary import MEASURES, measure_table, score_rows
 from common.feedback.annotator import Annotator
+from step3_tppo.rewards import MAX_WORD_SCORE
 from step3_tppo.rollout import Rollout
 
 BINS = 10
-MAX_SCORE = 2.0
 WINDOW = 10
 
 
@@ -86,7 +86,7 @@ def calibration(predicted: Sequence[float], judged: Sequence[int]) -> tuple[floa
     """Mean of predicted - judged, and its absolute value by bin of the predicted score, over the words of all ranks."""
     scores = torch.tensor(predicted, dtype=torch.float64)
     gaps = scores - torch.tensor(judged, dtype=torch.float64)
-    bins = (scores * BINS / MAX_SCORE).long().clamp(0, BINS - 1)
+    bins = (scores * BINS / MAX_WORD_SCORE).long().clamp(0, BINS - 1)
     sums = torch.zeros(2, BINS, dtype=torch.float64)
     sums[0].index_add_(0, bins, gaps)
     sums[1].index_add_(0, bins, torch.ones_like(gaps))

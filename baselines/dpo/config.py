@@ -9,11 +9,6 @@ from common.engine.trainer_options import TrainerOptions, check_trainer_options
 from common.errors import InputError
 from common.models.loading import check_attention
 
-# What may change between a run and its continuation.
-MAY_DIFFER = frozenset(
-    {"resume", "overwrite", "tensorboard", "save_total_limit", "logging_steps", "per_device_eval_batch_size"}
-)
-
 
 @dataclass
 class DpoConfig(TrainerOptions):

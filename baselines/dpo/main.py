@@ -10,14 +10,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from baselines.dpo.config import MAY_DIFFER, DpoConfig, check_config
+from baselines.dpo.config import DpoConfig, check_config
 from baselines.dpo.pairs import PairCollator, build_pairs
 from baselines.dpo.trainer import DpoTrainer, add_reference
 from common.config import parse_config
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
 from common.engine.trainer import last_complete_checkpoint, remove_incomplete_checkpoints, run_callbacks
-from common.engine.trainer_options import training_arguments
+from common.engine.trainer_options import MAY_DIFFER, training_arguments
 from common.errors import run_command
 from common.feedback.labels import read_labels
 from common.files import claim_output_dir

@@ -10,12 +10,11 @@ import torch
 
 from common.data.prompts import PromptBuilder
 from common.errors import InputError
-from common.feedback.annotator import SCORES, Annotation
+from common.feedback.annotator import Annotation
 from common.feedback.labels import sample_item
+from common.models.reward_losses import MAX_SCORE
 from common.models.sequences import pad_sequences
 from common.text import normalise, split_queries
-
-MAX_SCORE = max(SCORES)
 
 
 class Pair(TypedDict):

@@ -13,6 +13,11 @@ from common.config import ModelOptions, RunOptions, ZeroOptions, option
 from common.engine.deepspeed_config import trainer_deepspeed_config
 from common.errors import InputError
 
+# What may change between a run and its continuation.
+MAY_DIFFER = frozenset(
+    {"resume", "overwrite", "tensorboard", "save_total_limit", "logging_steps", "per_device_eval_batch_size"}
+)
+
 
 @dataclass
 class TrainerOptions(ZeroOptions, ModelOptions, RunOptions):
