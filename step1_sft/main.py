@@ -7,17 +7,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from common.config import parse_config
 from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
-from common.engine.trainer import last_complete_checkpoint, remove_incomplete_checkpoints, run_callbacks
-from common.engine.trainer_options import MAY_DIFFER, training_arguments
+from common.engine.trainer import last_complete_checkpoint, run_callbacks
+from common.engine.trainer_options import prepare_output, training_arguments
 from common.errors import run_command
-from common.files import claim_output_dir, write_json
+from common.files import write_json
 from common.models.loading import (
     apply_lora,
     check_lengths,
@@ -72,14 +71,6 @@ def main() -> None:
     if distributed.rank() == 0:
         write_json(Path(config.output_dir) / "timings.json", {"step1_sft": round(time.monotonic() - start, 1)})
         print(closing_words(config), flush=True)
-
-
-def prepare_output(config: SftConfig) -> None:
-    """Claim the output folder (rank 0 only)."""
-    output_dir = claim_output_dir(
-        config.output_dir, asdict(config), resume=config.resume, overwrite=config.overwrite, may_differ=MAY_DIFFER
-    )
-    remove_incomplete_checkpoints(output_dir / "checkpoints")
 
 
 def announce(config: SftConfig, train: Rows, dev: Rows, checkpoint: Path | None) -> None:

@@ -61,9 +61,12 @@ class OverOptimisation:
         self._margin = margin
         self._history: list[tuple[float, float]] = []
 
-    def __call__(self, relevance_rate: float, reward: float) -> bool:
-        """Learn one step's numbers; True when the run should end."""
+    def learn(self, relevance_rate: float, reward: float) -> None:
+        """Take in one step's numbers."""
         self._history.append((relevance_rate, reward))
+
+    def found(self) -> bool:
+        """Whether the run should end here."""
         if self._margin <= 0 or len(self._history) < 2 * WINDOW:
             return False
         smooth = [

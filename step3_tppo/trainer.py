@@ -77,6 +77,9 @@ class TPPOTrainer:
         bar = progress(total=self._config.total_steps, initial=first, desc="step 3: TPPO")
         try:
             for step in range(first, self._config.total_steps):
+                if self._over_optimised.found():
+                    bar.write(f"stopped after {step} steps: the judge's relevance rate fell while the reward did not")
+                    break
                 self._set_learning_rates(step)
                 scalars, profiles, rollout = self._step(step)
                 tracker.scalars(step, scalars)
@@ -87,14 +90,11 @@ class TPPOTrainer:
                     f"score {scalars['reward/score_per_response']:+.2f}  kl {scalars['kl/per_sequence']:.2f}"
                 )
                 bar.update()
-                stop = self._monitor is not None and self._over_optimised(
-                    scalars["judge/relevance_rate"], scalars["reward/score_per_response"]
-                )
-                if stop or (step + 1) % self._config.save_steps == 0 or step + 1 == self._config.total_steps:
+                if self._monitor is not None:
+                    self._over_optimised.learn(scalars["judge/relevance_rate"], scalars["reward/score_per_response"])
+                last = step + 1 == self._config.total_steps or self._over_optimised.found()
+                if last or (step + 1) % self._config.save_steps == 0:
                     self._save(step + 1)
-                if stop:
-                    bar.write(f"stopped after step {step}: the judge's relevance rate fell while the reward did not")
-                    break
         finally:
             bar.close()
             tracker.close()

@@ -79,16 +79,22 @@ def both_decodings(a: Mapping[int, Record], b: Mapping[int, Record], judge: str)
 def compare(a: Mapping[int, Record], b: Mapping[int, Record], decoding: str, judge: str) -> dict[str, Any]:
     """a minus b on the seeds and users of both: relevance rate, recall, items won less items lost; win, tie, lose.
 
-    An item is won by more relevant queries (method, section 4). Intervals are over seeds and users.
+    An item is won by more relevant queries (method, section 4). `unique_...` counts a line that repeats an earlier one
+    of its list as irrelevant. Intervals are over seeds and users.
     """
     seeds = sorted(set(a) & set(b))
     k = queries_of(a[seeds[0]])
-    first, second = (np.stack([relevant(runs[seed], decoding, judge) for seed in seeds]) for runs in (a, b))
+    more, unique = (
+        counted(a, seeds, name, decoding, judge) - counted(b, seeds, name, decoding, judge)
+        for name in ("relevant", "unique")
+    )
     recalls = [np.stack([recall(runs[seed], decoding, judge) for seed in seeds]) for runs in (a, b)]
-    outcome = np.sign(first - second)
+    outcome = np.sign(more)
     estimates = {
-        "relevance_rate": (first - second) / k,
+        "relevance_rate": more / k,
         "item_win_rate": outcome,
+        "unique_relevance_rate": unique / k,
+        "unique_item_win_rate": np.sign(unique),
         "recall": recalls[0] - recalls[1],
         "win": (outcome > 0).astype(float),
         "tie": (outcome == 0).astype(float),
@@ -111,9 +117,9 @@ def ablation(changed: Mapping[int, Record], plain: Mapping[int, Record], judge: 
     }
 
 
-def relevant(record: Record, decoding: str, judge: str) -> np.ndarray:
-    """Relevant queries of each user, (U,)."""
-    return np.array(record["decodings"][decoding][judge]["relevant"].split(), dtype=float)
+def counted(runs: Mapping[int, Record], seeds: Sequence[int], name: str, decoding: str, judge: str) -> np.ndarray:
+    """`relevant` or `unique` queries of each user, (S, U)."""
+    return np.array([runs[seed]["decodings"][decoding][judge][name].split() for seed in seeds], dtype=float)
 
 
 def recall(record: Record, decoding: str, judge: str) -> np.ndarray:
@@ -131,7 +137,7 @@ def queries_of(record: Record) -> int:
 def control_summary(seeds: Mapping[int, Record], judge: str) -> dict[str, Any]:
     """Means of a rule; a user's list is one item, so the share of lists with a relevant query has Wilson's interval."""
     record = next(iter(seeds.values()))
-    counts = relevant(record, "greedy", judge)
+    counts = counted(seeds, [next(iter(seeds))], "relevant", "greedy", judge)[0]
     means = record["decodings"]["greedy"][judge]["means"]
     return {**means, "any_relevant": named(wilson_estimate(int((counts > 0).sum()), len(counts)))}
 
@@ -151,6 +157,12 @@ def smoothed(curve: np.ndarray) -> np.ndarray:
     window = np.minimum(np.arange(1, curve.shape[-1] + 1), SMOOTHING)
     shifted = np.concatenate([np.zeros_like(sums[..., :SMOOTHING]), sums[..., :-SMOOTHING]], axis=-1)
     return (sums - shifted[..., : sums.shape[-1]]) / window
+
+
+def rollouts_of(systems: Mapping[str, Mapping[int, Record]]) -> int:
+    """Rollouts that each PPO arm was trained on; 0 without any."""
+    lengths = {curves["kl"].shape[1] for seeds in systems.values() if (curves := mean_curves(seeds))}
+    return max(lengths, default=0) * ROLLOUT_SIZE
 
 
 def rollouts_to_reach(systems: Mapping[str, Mapping[int, Record]]) -> dict[str, dict[str, int | None]]:

@@ -31,6 +31,7 @@ from common.text import split_queries
 from study.controls import Control, copy_last, popularity, user_frequent
 
 DECODINGS = ("sampled", "greedy")
+EXAMPLES = 6  # responses that a record keeps for people to read
 
 
 @dataclass
@@ -71,6 +72,14 @@ def main() -> None:
     record = {
         "users": [example.user_id for example in examples],
         "kl": kl,
+        "examples": [
+            {
+                "history": [event.query for event in example.history if event.type == "search"],
+                "targets": example.targets,
+                **{decoding: rows[index]["response"] for decoding, rows in responses.items()},
+            }
+            for index, example in enumerate(examples[:EXAMPLES])
+        ],
         "decodings": {
             decoding: {
                 name: judged(examples, score_rows(examples, rows, judge), config.num_queries)
@@ -145,8 +154,9 @@ def control_rows(config: MeasureConfig, examples: Sequence[Example]) -> list[Row
 def judged(examples: Sequence[Example], rows: Sequence[Row], k: int) -> dict[str, Any]:
     """Means of all measures, and what paired comparisons need of each example.
 
-    `relevant` is the number of relevant queries among the first k, `recall` the share of targets found (null where
-    undefined). `by_length` holds, for each number of words of a query, how many were written and were relevant.
+    `relevant` is the number of relevant queries among the first k, `unique` of those that repeat no earlier line,
+    `recall` the share of targets found (null where undefined). `by_length` holds, for each number of words of a query,
+    how many were written and were relevant.
     """
     table = measure_table(examples, rows, k)
     means = {name: _mean(table[:, column]) for column, name in enumerate(MEASURES)}
@@ -155,6 +165,7 @@ def judged(examples: Sequence[Example], rows: Sequence[Row], k: int) -> dict[str
     return {
         "means": means | metrics.word_habits(lines, k),
         "relevant": [round(value * k) for value in table[:, MEASURES.index("relevance_rate")]],
+        "unique": [round(value * k) for value in table[:, MEASURES.index("unique_relevance_rate")]],
         "recall": [None if np.isnan(value) else round(value, 4) for value in table[:, MEASURES.index("recall")]],
         "by_length": relevance_by_length(lines, [row["queries"] for row in rows], k),
     }

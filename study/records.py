@@ -83,10 +83,12 @@ def _measured(measure: dict[str, Any]) -> dict[str, Any]:
     """The measure with its per-user lists as short texts: a digit a user for counts."""
     for judges in measure["decodings"].values():
         for judged in judges.values():
-            judged["relevant"] = " ".join(map(str, judged["relevant"]))
+            for name in ("relevant", "unique"):
+                judged[name] = " ".join(map(str, judged[name]))
             judged["recall"] = " ".join("-" if value is None else f"{value:g}" for value in judged["recall"])
             judged["means"] = _rounded(judged["means"])
-    return {"kl": measure["kl"], "users": len(measure["users"]), "decodings": measure["decodings"]}
+    kept = {name: measure[name] for name in ("kl", "examples", "decodings")}
+    return {**kept, "users": len(measure["users"])}
 
 
 def _curve(rows: list[dict[str, Any]]) -> dict[str, list[float]]:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from baselines.dpo.config import DpoConfig, check_config
@@ -16,11 +15,10 @@ from baselines.dpo.trainer import DpoTrainer, add_reference
 from common.config import parse_config
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
-from common.engine.trainer import last_complete_checkpoint, remove_incomplete_checkpoints, run_callbacks
-from common.engine.trainer_options import MAY_DIFFER, training_arguments
+from common.engine.trainer import last_complete_checkpoint, run_callbacks
+from common.engine.trainer_options import prepare_output, training_arguments
 from common.errors import run_command
 from common.feedback.labels import read_labels
-from common.files import claim_output_dir
 from common.models.loading import check_vocabulary, load_causal_lm, load_tokenizer, save_model_folder
 
 
@@ -60,14 +58,6 @@ def main() -> None:
     folder = Path(config.output_dir) / "model"
     distributed.on_main_first(lambda: save_model_folder(trainer.model, tokenizer, folder, {"do_sample": True}, weights))
     distributed.on_main_first(lambda: print(f"{len(train)} pairs; model: {folder}", flush=True))
-
-
-def prepare_output(config: DpoConfig) -> None:
-    """Claim the output folder (rank 0 only)."""
-    output_dir = claim_output_dir(
-        config.output_dir, asdict(config), resume=config.resume, overwrite=config.overwrite, may_differ=MAY_DIFFER
-    )
-    remove_incomplete_checkpoints(output_dir / "checkpoints")
 
 
 if __name__ == "__main__":

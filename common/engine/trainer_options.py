@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from transformers import TrainingArguments
 
 from common.config import ModelOptions, RunOptions, ZeroOptions, option
 from common.engine.deepspeed_config import trainer_deepspeed_config
+from common.engine.trainer import remove_incomplete_checkpoints
 from common.errors import InputError
+from common.files import claim_output_dir
 
 # What may change between a run and its continuation.
 MAY_DIFFER = frozenset(
@@ -56,6 +58,17 @@ def check_trainer_options(options: TrainerOptions) -> None:
         raise InputError("--save_total_limit must be 2 or more: a kill during a save would leave no checkpoint")
     if not 0 <= options.warmup_ratio < 1:
         raise InputError(f"--warmup_ratio is a share of the steps, 0 <= ratio < 1, not {options.warmup_ratio}")
+
+
+def prepare_output(options: TrainerOptions) -> None:
+    """Claim the run's folder, and delete what a killed run left half written there. Call on one process.
+
+    Raises `InputError` where `claim_output_dir` does.
+    """
+    output_dir = claim_output_dir(
+        options.output_dir, asdict(options), resume=options.resume, overwrite=options.overwrite, may_differ=MAY_DIFFER
+    )
+    remove_incomplete_checkpoints(output_dir / "checkpoints")
 
 
 def training_arguments(options: TrainerOptions, **extra: Any) -> TrainingArguments:

@@ -79,8 +79,12 @@ def test_normalisation_is_by_the_tokens_of_all_ranks() -> None:
 
 def test_over_optimisation_needs_a_fall_of_the_judge_and_none_of_the_reward() -> None:
     def stops(judge: list[float], reward: list[float]) -> list[int]:
-        rule = OverOptimisation(0.05)
-        return [step for step, pair in enumerate(zip(judge, reward, strict=True)) if rule(*pair)]
+        rule, found = OverOptimisation(0.05), []
+        for step, (relevance_rate, score) in enumerate(zip(judge, reward, strict=True)):
+            rule.learn(relevance_rate, score)
+            if rule.found():
+                found.append(step)
+        return found
 
     rise, fall = [0.3] * 10 + [0.5] * 10, [0.4] * 10
     # Ten steps at .5, then at .4: the mean is more than .05 below its best once six of ten are at .4.
@@ -93,11 +97,17 @@ def test_over_optimisation_resumes_and_without_a_margin_never_stops() -> None:
     judge = [0.5] * 10 + [0.1] * 20
     rule, never = OverOptimisation(0.05), OverOptimisation(0.0)
     for value in judge[:15]:
-        rule(value, 1.0)
-        assert not never(value, 1.0)
+        rule.learn(value, 1.0)
+        never.learn(value, 1.0)
     resumed = OverOptimisation(0.05)
     resumed.restore(rule.state())
-    assert [rule(value, 1.0) for value in judge[15:]] == [resumed(value, 1.0) for value in judge[15:]]
+    found = []
+    for value in judge[15:]:
+        for each in (rule, resumed, never):
+            each.learn(value, 1.0)
+        found.append(rule.found())
+        assert (resumed.found(), never.found()) == (rule.found(), False)
+    assert found[0] is False and found[-1] is True
 
 
 def test_calibration_by_hand() -> None:

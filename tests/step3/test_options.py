@@ -88,18 +88,15 @@ def test_the_monitor_only_watches(inputs: Path, base: list[dict], tmp_path: Path
 
 
 def _stopped_after_two(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
-    def call(rule: OverOptimisation, relevance_rate: float, reward: float) -> bool:
-        rule._history.append((relevance_rate, reward))
-        return len(rule._history) == 2
-
-    with mock.patch.object(OverOptimisation, "__call__", call):
+    with mock.patch.object(OverOptimisation, "found", lambda rule: len(rule._history) == 2):
         return _main(rank, world_size, argv)
 
 
 def test_over_optimisation_ends_the_run_with_its_model(inputs: Path, tmp_path: Path) -> None:  # noqa: F811
     argv = command(inputs, tmp_path / "run", "--monitor", "lexical", "--monitor_margin", "0.1", "--save_steps", "50")
-    for status, error in run_on_ranks(_stopped_after_two, 2, argv[argv.index("step3_tppo/main.py") :]):
-        assert status == 0, error[-3000:]
-    assert [row["step"] for row in numbers(tmp_path / "run")] == [0, 1]
-    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000002"]
-    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    for flags in ((), ("--resume",)):  # taken up again, an ended run stays where it is
+        for status, error in run_on_ranks(_stopped_after_two, 2, [*argv[argv.index("step3_tppo/main.py") :], *flags]):
+            assert status == 0, error[-3000:]
+        assert [row["step"] for row in numbers(tmp_path / "run")] == [0, 1]
+        assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000002"]
+        assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

@@ -79,7 +79,7 @@ def test_the_command_measures_a_model_and_a_control(tmp_path: Path, monkeypatch:
 
     control = run("--control", "copy_last")["decodings"]["greedy"]["simulated"]
     # u: blue hats is relevant, red shoes is not; v: ties is not, and the second line is missing.
-    assert control["relevant"] == [1, 0]
+    assert control["relevant"] == control["unique"] == [1, 0]
     assert control["means"]["relevance_rate"] == pytest.approx(1 / 4)
     assert control["means"]["copy_rate"] == 1.0
     assert control["recall"] == [0.5, 0.0]

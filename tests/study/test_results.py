@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.evaluation.report import escape
 from common.files import read_json, write_json
 from study.aggregate import at_equal_kl, compare, group_runs, rollouts_to_reach, smoothed, summarise_system
+from study.goal import goal_section
 from study.jobs import Job
 from study.records import Records
 from study.report import write_results
@@ -20,17 +22,20 @@ from study.settings import COMPARED, CONTROLS, DPO_SEARCH, PPO_SEARCH, PPO_SYSTE
 def _judged(relevant: list[int], recall: list[float | None]) -> dict:
     means = {
         "relevance_rate": sum(relevant) / len(relevant) / 2, "unique_relevance_rate": 0.1, "mean_word_score": 1.0,
-        "recall": 0.1, "recall_new": 0.1, "recall_repeated": None, "copy_rate": 0.0, "duplicate_rate": 0.0,
-        "distinct_2": 0.5, "words_per_query": 3.0, "format_error_rate": 0.0, "repeated_word_rate": 0.0,
-        "function_word_rate": 0.1,
+        "recall": 0.1, "recall_new": 0.1, "recall_repeated": None, "token_f1": 0.2, "copy_rate": 0.0,
+        "duplicate_rate": 0.0, "distinct_2": 0.5, "words_per_query": 3.0, "format_error_rate": 0.0,
+        "repeated_word_rate": 0.0, "function_word_rate": 0.1,
     }  # fmt: skip
-    return {"means": means, "relevant": relevant, "recall": recall, "by_length": {"1": [60, 3], "3": [90, 80]}}
+    unique = [min(count, 1) for count in relevant]
+    return {"means": means, "relevant": relevant, "unique": unique, "recall": recall,
+            "by_length": {"1": [60, 3], "3": [90, 80]}}  # fmt: skip
 
 
 def _measure(relevant: list[int], kl: float | None = 1.0, recall: list[float | None] | None = None) -> dict:
     judged = {judge: _judged(relevant, recall or [0.0] * len(relevant)) for judge in ("simulated", "lexical")}
-    return {"users": [str(i) for i in range(len(relevant))], "kl": kl, "decodings": {"sampled": judged,
-            "greedy": judged}}  # fmt: skip
+    example = {"history": ["red | shoes"], "targets": ["ties"], "sampled": "a <b>\nc", "greedy": "d"}
+    return {"users": [str(i) for i in range(len(relevant))], "kl": kl, "examples": [example],
+            "decodings": {"sampled": judged, "greedy": judged}}  # fmt: skip
 
 
 def _job(name: str, step3: bool = True) -> Job:
@@ -66,6 +71,9 @@ def test_differences_by_hand(tmp_path: Path) -> None:
     assert found["relevance_rate"]["mean"] == pytest.approx((0 + 1) / 6 / 2)
     assert found["item_win_rate"]["mean"] == pytest.approx(0)
     assert [found[name]["mean"] for name in ("win", "tie", "lose")] == pytest.approx([1 / 3] * 3)
+    # At most one of a list is unique here: seed 1: 0 0 -1; seed 2: +1 0 -1.
+    assert found["unique_relevance_rate"]["mean"] == pytest.approx(-1 / 6 / 2)
+    assert found["unique_item_win_rate"]["mean"] == pytest.approx(-1 / 6)
     assert found["recall"]["mean"] == pytest.approx(0.25)
     summary = summarise_system(runs["tppo"], "simulated")
     assert summary["relevance_rate"]["seeds"] == pytest.approx([0.5, 2 / 3], abs=1e-4)
@@ -126,11 +134,38 @@ def test_results_have_the_keys_that_other_tools_read(tmp_path: Path) -> None:
             assert set(place["differences"]["tppo_minus_ppo_response"][measure]) == {"mean", "low", "high"}
     assert results["rollouts_to_reach"]["ppo_response_final"]["tppo"] == 3 * 64
     assert results["ablations"]["copy"]["max_ratio"] == pytest.approx(0.4)  # the largest of the made-up curves
+    assert results["rollouts"] == 3 * 64
     page = (tmp_path / "README.md").read_text()
-    assert page.splitlines()[2].startswith("**The goal is ")
+    assert page.splitlines()[2].startswith("**The goal is not reached: ")
+    assert escape("red | shoes") in page and escape("a <b> / c") in page and "<b>" not in page
     for name in ("ppo_curves", "relevance_and_kl", "credit", "ablations", "query_length", "over_optimisation"):
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 5000
         assert f"figures/{name}.png" in page
+
+
+def test_every_part_of_the_goal_by_hand() -> None:
+    def difference(points: float, low: float) -> dict:
+        estimate = {"mean": points / 100, "low": low / 100, "high": 1.0}
+        return {"relevance_rate": estimate, "item_win_rate": {**estimate, "mean": 2 * points / 100}}
+
+    def results(points: float, low: float = 0.1, kl: float = 2.0, reach: int | None = 96) -> dict:
+        both = {**difference(points, low), "greedy": difference(points, low)}
+        differences = {f"tppo_minus_{baseline}": both for baseline in ("ppo_response", "ppo_query")}
+        systems = {name: {"kl": {"mean": 2.0}} for name in COMPARED}
+        systems["tppo"] = {"kl": {"mean": kl}, "relevance_rate": {"seeds": [0.5, 0.6]}}
+        return {
+            "differences": differences, "systems": systems, "label_budget": {"150": {"differences": differences}},
+            "rollouts": 192, "rollouts_to_reach": {"ppo_response_final": {"tppo": reach}},
+        }  # fmt: skip
+
+    assert goal_section(results(8.0)).startswith("**The goal is reached.**")
+    # With all labels 4, 8 and 2 points are wanted; with few twice that: 8, 16, 4. Each sampled and greedy.
+    assert "not reached: 4 of 15 parts" in goal_section(results(7.9))
+    assert "not reached: 10 of 15 parts" in goal_section(results(3.9))
+    assert "not reached: 12 of 15 parts" in goal_section(results(8.0, low=0.0))
+    assert "not reached: 2 of 15 parts" in goal_section(results(8.0, kl=2.1))
+    assert "not reached: 1 of 15 parts" in goal_section(results(8.0, reach=128))
+    assert "not reached: 1 of 15 parts" in goal_section(results(8.0, reach=None))
 
 
 def test_a_page_without_runs_says_so(tmp_path: Path) -> None:
