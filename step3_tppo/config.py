@@ -83,7 +83,7 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
     sentence_coef: float = option(
         0.0, "Weight of the reward model's sentence score (-1..1 when centred), added at each query's last token."
     )
-    list_cost: float = option(1.0, "Cost of each missing line, and of a missing EOS.")
+    list_cost: float = option(1.0, "Cost of each missing line, and of a missing EOS, in worst queries.")
 
     monitor: str = option(
         "", "Annotator that judges every rollout beside the reward model: judge/* in TensorBoard.",

@@ -23,8 +23,8 @@ class RewardOptions:
     """How word scores become token rewards. Defaults are the method's; `raw` is neither centred nor normalised.
 
     `num_queries` is k, the number of queries asked for. `suggested_length` (tokens) and `length_alpha` make the
-    length-weighted penalty; alpha 1 switches it off. `list_cost` is the price of a missing line or a missing EOS.
-    `sentence_coef` is the weight of each query's sentence score, which stands at the query's last token.
+    length-weighted penalty; alpha 1 switches it off. `list_cost` is the price of a missing line or a missing EOS, in
+    worst queries. `sentence_coef` is the weight of each query's sentence score, which stands at its last token.
     """
 
     num_queries: int
@@ -73,8 +73,8 @@ def token_rewards(
 
     Guards: a word that its query said before scores 0, as in every annotator's labels. A query that repeats an earlier
     one is worth the worst score in every word. So is one past the k-th, but all of it is charged to the line break
-    that began it: there the list should have ended. A line without a word costs the worst score where it ends, a
-    missing line or EOS `list_cost` at the last token.
+    that began it: there the list should have ended. A line without a word costs as much as the worst query where it
+    ends, a missing line or EOS `list_cost` times as much at the last token: were it cheaper, leaving one out would pay.
     """
     text, spans = decoded
     words = split_words(text)
@@ -104,7 +104,7 @@ def token_rewards(
         if line in bad:
             guard[last] -= sentence[last]
             guard[_charged(last, line, begun_by, options)] += worst
-    _charge_list_errors(guard, decoded, finished, centre, options)
+    _charge_list_errors(guard, decoded, finished, options)
     parts = TokenRewards(model, sentence, penalty, guard, lines)
     return _moved(parts, options.level)
 
@@ -165,20 +165,21 @@ def _scales(shares: Sequence[float], lines: Sequence[int], per_query: bool) -> l
 
 
 def _charge_list_errors(
-    guard: list[float], decoded: DecodedTokens, finished: bool, worst: float, options: RewardOptions
+    guard: list[float], decoded: DecodedTokens, finished: bool, options: RewardOptions
 ) -> None:
     """Charge lines without a word where they end, missing lines and a missing EOS at the last token (in place)."""
     if not guard:
         return
     queries = split_queries(decoded.text)
+    worst_query = 1 + options.sentence_coef  # below the middle of the scale
     offset = 0
     for query, line in zip(queries, decoded.text.split("\n"), strict=False):
         offset += len(line)
         if not normalise(query):
-            guard[_token_at(decoded, offset)] -= worst
+            guard[_token_at(decoded, offset)] -= worst_query if options.centre else 0.0
         offset += 1
     missing = max(0, options.num_queries - len(queries))
-    guard[-1] -= options.list_cost * (missing + (not finished))
+    guard[-1] -= options.list_cost * worst_query * (missing + (not finished))
 
 
 def _token_at(decoded: DecodedTokens, position: int) -> int:

@@ -79,8 +79,8 @@ def both_decodings(a: Mapping[int, Record], b: Mapping[int, Record], judge: str)
 def compare(a: Mapping[int, Record], b: Mapping[int, Record], decoding: str, judge: str) -> dict[str, Any]:
     """a minus b on the seeds and users of both: relevance rate, recall, items won less items lost; win, tie, lose.
 
-    An item is won by more relevant queries (method, section 4). `unique_...` counts a line that repeats an earlier one
-    of its list as irrelevant. Intervals are over seeds and users.
+    An item, one response of each to the same user, is won by more relevant queries (method, section 4). `unique_...`
+    counts a line that repeats an earlier one of its list as irrelevant. Intervals are over seeds and users.
     """
     seeds = sorted(set(a) & set(b))
     k = queries_of(a[seeds[0]])
@@ -100,7 +100,15 @@ def compare(a: Mapping[int, Record], b: Mapping[int, Record], decoding: str, jud
         "tie": (outcome == 0).astype(float),
         "lose": (outcome < 0).astype(float),
     }
-    return {name: named(crossed_estimate(values, RESAMPLES, BOOTSTRAP_SEED)) for name, values in estimates.items()}
+    return {
+        name: named(crossed_estimate(of_users(values, a[seeds[0]]["users"]), RESAMPLES, BOOTSTRAP_SEED))
+        for name, values in estimates.items()
+    }
+
+
+def of_users(values: np.ndarray, users: int) -> np.ndarray:
+    """(S, U) of (S, U J): the mean over the J responses to each user, which stand in a row."""
+    return values.reshape(len(values), users, -1).mean(axis=-1)
 
 
 def ablation(changed: Mapping[int, Record], plain: Mapping[int, Record], judge: str = MAIN_JUDGE) -> dict[str, Any]:
@@ -118,12 +126,12 @@ def ablation(changed: Mapping[int, Record], plain: Mapping[int, Record], judge: 
 
 
 def counted(runs: Mapping[int, Record], seeds: Sequence[int], name: str, decoding: str, judge: str) -> np.ndarray:
-    """`relevant` or `unique` queries of each user, (S, U)."""
+    """`relevant` or `unique` queries of each user's responses, (S, U J)."""
     return np.array([runs[seed]["decodings"][decoding][judge][name].split() for seed in seeds], dtype=float)
 
 
 def recall(record: Record, decoding: str, judge: str) -> np.ndarray:
-    """Share of each user's targets that were found, (U,), NaN where undefined."""
+    """Share of each user's targets that each response found, (U J,), NaN where undefined."""
     texts = record["decodings"][decoding][judge]["recall"].split()
     return np.array([np.nan if text == "-" else float(text) for text in texts])
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,6 @@ from common.models.sequences import SequenceBatch, pad_sequences, response_score
 from common.text import split_queries
 from study.controls import Control, copy_last, popularity, user_frequent
 
-DECODINGS = ("sampled", "greedy")
 EXAMPLES = 6  # responses that a record keeps for people to read
 
 
@@ -51,6 +50,7 @@ class MeasureConfig(ModelOptions):
     max_prompt_tokens: int = option(160, "Prompt budget in tokens.")
     max_response_tokens: int = option(32, "Longest response in tokens.")
     temperature: float = option(1.0, "Of sampled decoding, as in step 3; log-probs for the KL are taken at it too.")
+    samples: int = option(1, "Sampled responses an example: more of them take chance out of a comparison.")
     batch_size: int = option(64, "Prompts generated at once.")
     seed: int = option(0, "Seed of the sampled responses.")
 
@@ -61,11 +61,12 @@ def main() -> None:
     if not config.output or not config.data_dir or bool(config.model) == bool(config.control):
         raise InputError("--output, --data_dir and one of --model and --control are needed")
     examples = load_examples(config.data_dir, config.split)[: config.max_examples or None]
+    asked = {"sampled": [example for example in examples for _ in range(config.samples)], "greedy": examples}
     if config.control:
         responses = {"greedy": control_rows(config, examples)}
         kl = None
     else:
-        responses, kl = model_rows(config, examples)
+        responses, kl = model_rows(config, asked)
     judges = {"lexical": load_annotator("lexical")}
     if config.truth:
         judges = {"simulated": load_annotator("simulated", truth_path=config.truth), **judges}
@@ -76,13 +77,16 @@ def main() -> None:
             {
                 "history": [event.query for event in example.history if event.type == "search"],
                 "targets": example.targets,
-                **{decoding: rows[index]["response"] for decoding, rows in responses.items()},
+                **{
+                    decoding: rows[place * len(rows) // len(examples)]["response"]
+                    for decoding, rows in responses.items()
+                },
             }
-            for index, example in enumerate(examples[:EXAMPLES])
+            for place, example in enumerate(examples[:EXAMPLES])
         ],
         "decodings": {
             decoding: {
-                name: judged(examples, score_rows(examples, rows, judge), config.num_queries)
+                name: judged(asked[decoding], score_rows(asked[decoding], rows, judge), config.num_queries)
                 for name, judge in judges.items()
             }
             for decoding, rows in responses.items()
@@ -92,8 +96,10 @@ def main() -> None:
     print(f"record: {config.output}")
 
 
-def model_rows(config: MeasureConfig, examples: Sequence[Example]) -> tuple[dict[str, list[Row]], float | None]:
-    """The model's rows for each decoding, and its KL to the reference on the sampled ones."""
+def model_rows(
+    config: MeasureConfig, asked: Mapping[str, Sequence[Example]]
+) -> tuple[dict[str, list[Row]], float | None]:
+    """The model's rows for the examples of each decoding, and its KL to the reference on the sampled ones."""
     model, tokenizer = load_generator(config.model, config)
     builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
     rows = {
@@ -101,12 +107,12 @@ def model_rows(config: MeasureConfig, examples: Sequence[Example]) -> tuple[dict
             model, tokenizer, builder, examples, decoding=decoding, temperature=config.temperature,
             max_new_tokens=config.max_response_tokens, batch_size=config.batch_size, seed=config.seed,
         )
-        for decoding in DECODINGS
+        for decoding, examples in asked.items()
     }  # fmt: skip
     if not config.reference:
         return rows, None
     reference = load_causal_lm(config.reference, config).to(model.device).eval()
-    prompts = [builder.ids(example.history) for example in examples]
+    prompts = [builder.ids(example.history) for example in asked["sampled"]]
     responses = [
         [*tokenizer(row["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         for row in rows["sampled"]
@@ -154,7 +160,8 @@ def control_rows(config: MeasureConfig, examples: Sequence[Example]) -> list[Row
 def judged(examples: Sequence[Example], rows: Sequence[Row], k: int) -> dict[str, Any]:
     """Means of all measures, and what paired comparisons need of each example.
 
-    `relevant` is the number of relevant queries among the first k, `unique` of those that repeat no earlier line,
+    `examples` may hold one several times, in a row, once for each response. `relevant` is the number of relevant
+    queries among the first k, `unique` of those that repeat no earlier line,
     `recall` the share of targets found (null where undefined). `by_length` holds, for each number of words of a query,
     how many were written and were relevant.
     """

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from study.jobs import Command, Job
-from study.settings import CONTROLS, CREDIT, DEFAULT_NOISE, PPO_SYSTEMS, SENTENCE_COEF, TEMPERATURE, Scale
+from study.settings import CONTROLS, CREDIT, DEFAULT_NOISE, PPO_SYSTEMS, SAMPLES, SENTENCE_COEF, TEMPERATURE, Scale
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ class Planner:
             "output": self._path(name, "measure.json"),
             "temperature": TEMPERATURE,
             **({} if world.real else {"truth": self._truth(world)}),
-            **({"control": control} if control else {"model": model}),
+            **({"control": control} if control else {"model": model, "samples": SAMPLES}),
             **self._lengths(world),
         }
         if not control:

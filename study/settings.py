@@ -22,6 +22,7 @@ TUNED_AS = {"ppo_response_token_rm": "ppo_response", "ppo_query_token_rm": "ppo_
 # Rollouts, sampled evaluation and the labelled samples. The tiny model's tail is made of half-words: at temperature 1
 # four words in ten are wrong before anything is learnt, and avoiding them is most of what any reward can teach.
 TEMPERATURE = 0.7
+SAMPLES = 3  # sampled responses to each user that a system is measured by
 
 # TPPO's own design: the weight of the sentence score at the query's end, beside the words' scores.
 SENTENCE_COEF = 0.5

@@ -103,6 +103,17 @@ def test_empty_line_missing_line_and_missing_end_are_charged() -> None:
     assert unfinished.guard == pytest.approx([-3])
 
 
+@pytest.mark.parametrize("sentence_coef", [0.0, 0.5])
+def test_leaving_a_query_out_costs_as_much_as_the_worst_one(sentence_coef: float) -> None:
+    options = replace(PLAIN, num_queries=2, sentence_coef=sentence_coef)
+    worst = token_rewards(tokens("a1", "\n", "b2", ""), [2.0, 0.0], True, options, queries=(1.0, 0.0))
+    empty = token_rewards(tokens("a1", "\n", ""), [2.0], True, options, queries=(1.0, 0.0))
+    missing = token_rewards(tokens("a1", ""), [2.0], True, options, queries=(1.0,))
+    assert sum(worst.total) == pytest.approx(0)
+    assert sum(empty.total) == pytest.approx(sum(worst.total))
+    assert sum(missing.total) == pytest.approx(sum(worst.total))
+
+
 def test_query_level_stands_at_each_querys_last_token_and_response_level_at_the_end() -> None:
     raw = replace(PLAIN, centre=False, normalise=False)
     assert token_rewards(RED_SHOES, SCORES, True, replace(raw, level="query")).model == pytest.approx(

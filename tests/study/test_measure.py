@@ -89,4 +89,9 @@ def test_the_command_measures_a_model_and_a_control(tmp_path: Path, monkeypatch:
     assert record["kl"] == 0.0
     assert set(record["decodings"]) == {"sampled", "greedy"}
     assert set(record["decodings"]["greedy"]) == {"simulated", "lexical"}
+    assert len(record["decodings"]["sampled"]["simulated"]["relevant"]) == 2
+    repeated = run("--model", model, "--reference", model, "--max_response_tokens", "8", "--samples", "3")
+    assert len(repeated["decodings"]["sampled"]["simulated"]["relevant"]) == 6
+    assert repeated["decodings"]["greedy"] == record["decodings"]["greedy"]
+    assert repeated["examples"][1]["greedy"] == record["examples"][1]["greedy"]
     assert json.dumps(record) == json.dumps(run("--model", model, "--reference", model, "--max_response_tokens", "8"))

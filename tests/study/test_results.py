@@ -80,6 +80,17 @@ def test_differences_by_hand(tmp_path: Path) -> None:
     assert summary["recall_repeated"]["mean"] is None
 
 
+def test_several_responses_to_a_user_are_one_user(tmp_path: Path) -> None:
+    records = Records(tmp_path / "records")
+    for system, relevant in (("tppo", [2, 1, 0, 1]), ("sft", [1, 1, 1, 1])):
+        _write(tmp_path, records, f"main/s1/{system}", {**_measure(relevant), "users": ["u", "v"]})
+    runs = group_runs(dict(records.read()))["main"]
+    found = compare(runs["tppo"], runs["sft"], "sampled", "simulated")
+    # u: +1 and 0, v: -1 and 0; of two queries a response. The interval resamples the two users' means, 1/4 and -1/4.
+    assert found["relevance_rate"] == {"mean": 0, "low": pytest.approx(-0.25), "high": pytest.approx(0.25)}
+    assert [found[name]["mean"] for name in ("win", "tie", "lose")] == pytest.approx([1 / 4, 1 / 2, 1 / 4])
+
+
 def test_running_mean_by_hand() -> None:
     curve = np.array([1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0])
     assert smoothed(curve) == pytest.approx([1, 2, 3, 4, 5, 7, 9])
