@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from study.jobs import Command, Job
-from study.settings import CONTROLS, CREDIT, DEFAULT_NOISE, PPO_SYSTEMS, SAMPLES, SENTENCE_COEF, TEMPERATURE, Scale
+from study.settings import (
+    CONTROLS,
+    CREDIT,
+    DEFAULT_NOISE,
+    MINI_BATCH,
+    PPO_SYSTEMS,
+    SAMPLES,
+    SENTENCE_COEF,
+    TEMPERATURE,
+    Scale,
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ class Planner:
             "total_steps": self._scale.ppo_steps,
             "save_steps": self._scale.ppo_steps,
             "zero_stage": 1,
-            "mini_batch_size": 64,
+            "mini_batch_size": MINI_BATCH,
             "scoring_batch_size": 16,
             "critic_warmup_steps": 3,
             "target_kl": 0,

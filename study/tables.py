@@ -131,7 +131,7 @@ def search_table(search: Mapping[str, Any]) -> str:
                      number(point["kl"], 2)]  # fmt: skip
             rows.append([LABELS[arm], *(f"**{cell}**" if chosen else cell for cell in cells)])
     note = (
-        f"Development users, seed {search['seed']}; chosen is the best sampled relevance rate with a KL "
+        f"Development users, seed {search['seed']}; chosen is the best mean of sampled and greedy relevance with a KL "
         f"of at most {search['max_kl']:g} nats a response. The token RM moved elsewhere takes that arm's settings."
     )
     return f"{note}\n\n" + table(["arm", "settings", "sampled", "greedy", "KL"], rows)

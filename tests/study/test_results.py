@@ -114,7 +114,7 @@ def test_the_search_takes_the_best_within_the_kl(tmp_path: Path) -> None:
     for arm in COMPARED:
         for number in range(len(PPO_SEARCH)):
             # Point 2 is best and drifts too far; 1 is best of the others.
-            relevant, kl = {1: ([2, 1], 5.9), 2: ([2, 2], 6.1)}.get(number, ([1, 1], 3.0))
+            relevant, kl = {1: ([2, 1], 3.9), 2: ([2, 2], 4.1)}.get(number, ([1, 1], 3.0))
             _write(tmp_path, records, f"search/s0/{arm}-{number}", _measure(relevant, kl))
     for number in range(len(DPO_SEARCH)):
         _write(tmp_path, records, f"search/s0/dpo-{number}", _measure([1, 1], 7.0 + number))
