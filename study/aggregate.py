@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.evaluation.statistics import Estimate, crossed_estimate, t_estimate, wilson_estimate
+from study.records import unpack
 from study.settings import CONTROLS, SYSTEMS
 
 RESAMPLES = 4000
@@ -84,18 +85,17 @@ def compare(a: Mapping[int, Record], b: Mapping[int, Record], decoding: str, jud
     """
     seeds = sorted(set(a) & set(b))
     k = queries_of(a[seeds[0]])
-    more, unique = (
-        counted(a, seeds, name, decoding, judge) - counted(b, seeds, name, decoding, judge)
-        for name in ("relevant", "unique")
+    more, unique, found = (
+        of_responses(a, seeds, name, decoding, judge) - of_responses(b, seeds, name, decoding, judge)
+        for name in ("relevant", "unique", "recall")
     )
-    recalls = [np.stack([recall(runs[seed], decoding, judge) for seed in seeds]) for runs in (a, b)]
     outcome = np.sign(more)
     estimates = {
         "relevance_rate": more / k,
         "item_win_rate": outcome,
         "unique_relevance_rate": unique / k,
         "unique_item_win_rate": np.sign(unique),
-        "recall": recalls[0] - recalls[1],
+        "recall": found,
         "win": (outcome > 0).astype(float),
         "tie": (outcome == 0).astype(float),
         "lose": (outcome < 0).astype(float),
@@ -125,15 +125,9 @@ def ablation(changed: Mapping[int, Record], plain: Mapping[int, Record], judge: 
     }
 
 
-def counted(runs: Mapping[int, Record], seeds: Sequence[int], name: str, decoding: str, judge: str) -> np.ndarray:
-    """`relevant` or `unique` queries of each user's responses, (S, U J)."""
-    return np.array([runs[seed]["decodings"][decoding][judge][name].split() for seed in seeds], dtype=float)
-
-
-def recall(record: Record, decoding: str, judge: str) -> np.ndarray:
-    """Share of each user's targets that each response found, (U J,), NaN where undefined."""
-    texts = record["decodings"][decoding][judge]["recall"].split()
-    return np.array([np.nan if text == "-" else float(text) for text in texts])
+def of_responses(runs: Mapping[int, Record], seeds: Sequence[int], name: str, decoding: str, judge: str) -> np.ndarray:
+    """`relevant` or `unique` queries of each user's responses, or their `recall` (NaN where undefined), (S, U J)."""
+    return np.stack([unpack(runs[seed]["decodings"][decoding][judge][name]) for seed in seeds])
 
 
 def queries_of(record: Record) -> int:
@@ -145,7 +139,7 @@ def queries_of(record: Record) -> int:
 def control_summary(seeds: Mapping[int, Record], judge: str) -> dict[str, Any]:
     """Means of a rule; a user's list is one item, so the share of lists with a relevant query has Wilson's interval."""
     record = next(iter(seeds.values()))
-    counts = counted(seeds, [next(iter(seeds))], "relevant", "greedy", judge)[0]
+    counts = unpack(record["decodings"]["greedy"][judge]["relevant"])
     means = record["decodings"]["greedy"][judge]["means"]
     return {**means, "any_relevant": named(wilson_estimate(int((counts > 0).sum()), len(counts)))}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import string
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ CURVE = {
     "seconds/step": "seconds",
 }
 LATE = 10  # rollouts at the end of a run that its credit profile is taken over
+DIGITS = string.digits + string.ascii_letters
 REWARD_CURVE = ("loss", "local_loss", "sentence_mse", "sentence_auc", "word_auc")
 
 
@@ -80,15 +82,27 @@ def leaves_record(job: Job) -> bool:
 
 
 def _measured(measure: dict[str, Any]) -> dict[str, Any]:
-    """The measure with its per-user lists as short texts: a digit a user for counts."""
+    """The measure with its lists, an entry a response, packed."""
     for judges in measure["decodings"].values():
         for judged in judges.values():
-            for name in ("relevant", "unique"):
-                judged[name] = " ".join(map(str, judged[name]))
-            judged["recall"] = " ".join("-" if value is None else f"{value:g}" for value in judged["recall"])
+            judged |= {name: pack(judged[name]) for name in ("relevant", "unique", "recall")}
             judged["means"] = _rounded(judged["means"])
     kept = {name: measure[name] for name in ("kl", "examples", "decodings")}
     return {**kept, "users": len(measure["users"])}
+
+
+def pack(values: Sequence[float | None]) -> dict[str, Any]:
+    """A long list of few different values: `values`, and `places`, the character of each entry's place in `values`."""
+    found = sorted({value for value in values if value is not None})
+    shown: list[float | None] = [*found, *([None] if None in values else [])]
+    digit = {value: DIGITS[place] for place, value in enumerate(shown)}
+    return {"values": shown, "places": "".join(digit[value] for value in values)}
+
+
+def unpack(packed: Mapping[str, Any]) -> np.ndarray:
+    """The list that `pack` was given, (N,), NaN for None."""
+    values = np.array([np.nan if value is None else value for value in packed["values"]], dtype=float)
+    return values[[DIGITS.index(place) for place in packed["places"]]]
 
 
 def _curve(rows: list[dict[str, Any]]) -> dict[str, list[float]]:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.evaluation.report import escape
 from common.files import read_json, write_json
 from study.aggregate import at_equal_kl, compare, group_runs, rollouts_to_reach, smoothed, summarise_system
 from study.goal import goal_section
 from study.jobs import Job
-from study.records import Records
+from study.records import Records, pack, unpack
 from study.report import write_results
 from study.search import choose
 from study.settings import COMPARED, CONTROLS, DPO_SEARCH, PPO_SEARCH, PPO_SYSTEMS, SYSTEMS
@@ -89,6 +91,12 @@ def test_several_responses_to_a_user_are_one_user(tmp_path: Path) -> None:
     # u: +1 and 0, v: -1 and 0; of two queries a response. The interval resamples the two users' means, 1/4 and -1/4.
     assert found["relevance_rate"] == {"mean": 0, "low": pytest.approx(-0.25), "high": pytest.approx(0.25)}
     assert [found[name]["mean"] for name in ("win", "tie", "lose")] == pytest.approx([1 / 4, 1 / 2, 1 / 4])
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, 20).map(float)), min_size=1))
+def test_packed_lists_come_back(values: list[float | None]) -> None:
+    packed = json.loads(json.dumps(pack(values)))
+    assert [None if np.isnan(value) else value for value in unpack(packed)] == values
 
 
 def test_running_mean_by_hand() -> None:
