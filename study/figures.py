@@ -103,7 +103,8 @@ def ppo_curves(systems: Mapping[str, Mapping[int, Record]]) -> Any:
         rollouts = ROLLOUT_SIZE * np.arange(1, rates.shape[1] + 1)
         _band(axes[0], rollouts, rates, LABELS[name], COLOURS[name])
         _band(axes[1], found["seconds"].cumsum(axis=1).mean(axis=0), rates, LABELS[name], COLOURS[name])
-        axes[2].plot(rollouts, rates.std(axis=0, ddof=1) if len(rates) > 1 else rates[0] * 0, color=COLOURS[name])
+        if len(rates) > 1:
+            axes[2].plot(rollouts, rates.std(axis=0, ddof=1), color=COLOURS[name])
     axes[0].set(xlabel="rollouts", ylabel="relevance rate of the rollouts", title="mean and range over seeds")
     axes[1].set(xlabel="seconds (one core)", title="the same against time")
     axes[2].set(xlabel="rollouts", title="standard deviation over seeds")
@@ -124,7 +125,9 @@ def relevance_and_kl(systems: Mapping[str, Mapping[int, Record]]) -> Any:
     for name, seeds in systems.items():
         if name in LABELS:
             summary = summarise_system(seeds, JUDGE)
-            axes.scatter(summary["kl"]["mean"], summary["relevance_rate"]["mean"], color=COLOURS[name], marker="x")
+            label = None if curves.get(name) else LABELS[name]  # the line has it
+            axes.scatter(summary["kl"]["mean"], summary["relevance_rate"]["mean"], color=COLOURS[name], marker="x",
+                         label=label)  # fmt: skip
     axes.set(xlabel="KL to SFT, nats a response", ylabel="relevance rate",
              title="lines: rollouts while training; crosses: test users at the end")  # fmt: skip
     axes.legend(fontsize=8)
@@ -141,7 +144,7 @@ def over_optimisation(systems: Mapping[str, Mapping[int, Record]]) -> Any:
         for axes_, key in zip(axes, ("reward", "word_gap", "calibration_error"), strict=True):
             rollouts = ROLLOUT_SIZE * np.arange(1, found[key].shape[1] + 1)
             _band(axes_, rollouts, smoothed(found[key]), LABELS[name], COLOURS[name])
-    axes[0].set(xlabel="rollouts", title="the arm's own reward a response (not comparable)")
+    axes[0].set(xlabel="rollouts", title="own reward (scales differ)")
     axes[1].set(xlabel="rollouts", title="reward model less judge, a word (0..2)")
     axes[2].set(xlabel="rollouts", title="calibration error of word scores")
     axes[0].legend(fontsize=8)

@@ -34,7 +34,7 @@ def goal_section(results: Mapping[str, Any]) -> str:
     seeds = len(results["systems"]["tppo"]["relevance_rate"]["seeds"])
     head = f"not reached: {missed} of {len(rows)} parts fail" if missed else "reached"
     cells = [[*row, "yes" if reached else "**no**"] for *row, reached in rows]
-    return f"**The goal is {head}.** TPPO against the two PPO baselines, {seeds} seeds:\n\n" + table(
+    return f"**The goal is {head}.** TPPO against the two PPO baselines, seeds: {seeds}.\n\n" + table(
         ["part of the goal", "found", "wanted", "reached"], cells
     )
 

@@ -39,6 +39,7 @@ PPO_SEARCH: tuple[dict[str, float | str], ...] = (
     {"reward_scale": 2.0},
     {"credit": "short"},
     {"credit": "short", "actor_learning_rate": 3e-4},
+    {"credit": "short", "reward_scale": 2.0},
 )
 DPO_CENTRE = {"learning_rate": 3e-5, "beta": 0.1}
 DPO_SEARCH: tuple[dict[str, float], ...] = ({}, {"learning_rate": 1e-5}, {"learning_rate": 1e-4}, {"beta": 0.3})
