@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from study.figures import LABELS
-from study.settings import COMPARED
+from study.settings import BASELINES
 from study.tables import number, points, table
 
 # TPPO less each baseline, in points of 100.
@@ -23,11 +23,12 @@ Row = tuple[str, str, str, bool]
 
 def goal_section(results: Mapping[str, Any]) -> str:
     """One sentence, then a row for each part of the goal: what was found, what was wanted, whether it was reached."""
-    if not {f"tppo_minus_{baseline}" for baseline in COMPARED[:2]} <= set(results["differences"]):
+    needed = {f"tppo_minus_{baseline}" for baseline in BASELINES}
+    if not needed <= set(results["differences"]):
         return "The main comparison has not been run yet."
     rows = margin_rows(results["differences"], "all labels", 1.0)
     few = results["label_budget"].get(FEW_LABELS)
-    if few and {f"tppo_minus_{baseline}" for baseline in COMPARED[:2]} <= set(few["differences"]):
+    if few and needed <= set(few["differences"]):
         rows += margin_rows(few["differences"], f"{FEW_LABELS} labelled users", FEW_TIMES)
     rows += [*drift_rows(results["systems"]), reach_row(results)]
     missed = sum(not reached for *_, reached in rows)
@@ -57,7 +58,7 @@ def drift_rows(systems: Mapping[str, Any]) -> list[Row]:
     own = systems["tppo"]["kl"]["mean"]
     return [
         (f"KL to SFT, against {LABELS[baseline]}", number(own, 2), f"at most {number(kl, 2)}", own <= kl)
-        for baseline in COMPARED[:2]
+        for baseline in BASELINES
         for kl in [systems[baseline]["kl"]["mean"]]
     ]
 

@@ -13,7 +13,8 @@ PPO_SYSTEMS: dict[str, dict[str, str]] = {
     "ppo_query_token_rm": {"level": "query", "heads": "both"},
     "tppo": {"level": "token", "heads": "both"},
 }
-COMPARED = ("ppo_response", "ppo_query", "tppo")
+BASELINES = ("ppo_response", "ppo_query")
+COMPARED = (*BASELINES, "tppo")
 SYSTEMS = ("sft", "dpo", *PPO_SYSTEMS)
 CONTROLS = ("copy_last", "user_frequent", "popularity")
 # Whose settings an arm takes where it has no search of its own.

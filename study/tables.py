@@ -8,7 +8,7 @@ from typing import Any
 
 from common.evaluation.report import escape
 from study.figures import LABELS
-from study.settings import COMPARED
+from study.settings import BASELINES, COMPARED
 
 MEASURES = {
     "relevance_rate": "relevance", "unique_relevance_rate": "unique relevant", "mean_word_score": "word score",
@@ -100,13 +100,13 @@ def axis_table(axes: Mapping[str, Any], label: str) -> str:
         systems, differences = found["systems"], found["differences"]
         cells = [share(systems[arm]["relevance_rate"]) if arm in systems else "" for arm in COMPARED]
         cells += [points(differences[f"tppo_minus_{b}"]["relevance_rate"]) if f"tppo_minus_{b}" in differences else ""
-                  for b in COMPARED[:2]]  # fmt: skip
+                  for b in BASELINES]  # fmt: skip
         cells += [points(differences["tppo_minus_ppo_response"]["item_win_rate"])
                   if "tppo_minus_ppo_response" in differences else ""]  # fmt: skip
         greedy = [share(systems[arm]["greedy"]["relevance_rate"]) if arm in systems else "" for arm in COMPARED]
         rows.append([name, *cells, *greedy])
     head = [LABELS[arm] for arm in COMPARED]
-    head += [f"TPPO - {LABELS[b]}, points" for b in COMPARED[:2]] + ["items won less lost, end of response"]
+    head += [f"TPPO - {LABELS[b]}, points" for b in BASELINES] + ["items won less lost, end of response"]
     return table([label, *head, *(f"{LABELS[arm]}, greedy" for arm in COMPARED)], rows)
 
 

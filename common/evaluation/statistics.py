@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy import stats
@@ -78,15 +79,20 @@ def crossed_estimate(values: np.ndarray, resamples: int, seed: int) -> Estimate:
     """
     present = ~np.isnan(values)
     filled = np.where(present, values, 0.0)
-    generator = np.random.default_rng(seed)
-    counts = [generator.multinomial(size, np.full(size, 1 / size), size=resamples).astype(float)
-              for size in values.shape]  # fmt: skip
+    counts = _crossed_counts(values.shape, resamples, seed)
     totals = np.einsum("rs,su,ru->r", counts[0], filled, counts[1], optimize=True)
     weights = np.einsum("rs,su,ru->r", counts[0], present.astype(float), counts[1], optimize=True)
     if not present.any():
         return Estimate(None, None, None, 0)
     low, high = np.percentile(totals[weights > 0] / weights[weights > 0], PERCENTILES)
     return Estimate(float(values[present].mean()), float(low), float(high), int(present.sum()))
+
+
+@lru_cache(maxsize=2)  # drawing them takes ten times as long as using them, and a study's tables share one shape
+def _crossed_counts(shape: tuple[int, ...], resamples: int, seed: int) -> list[np.ndarray]:
+    """How often each resample holds each seed and each user: (R, S) and (R, U)."""
+    generator = np.random.default_rng(seed)
+    return [generator.multinomial(size, np.full(size, 1 / size), size=resamples).astype(float) for size in shape]
 
 
 def t_estimate(values: Sequence[float]) -> Estimate:
