@@ -28,8 +28,7 @@ class Step2Config(TrainerOptions):
     max_prompt_tokens: int = option(512, "Token budget of a history; the oldest events are left out.")
     max_response_tokens: int = option(96, "Token budget of a response in this tokenizer; longer ones are cut off.")
     heads: str = option(
-        "token", "What is judged: each word, a query's score being its words' mean (token); words, and queries by an "
-        "output of their own (both); queries alone, the sentence-level baseline (sentence).",
+        "token", "What is judged: each word (token), or queries alone, the sentence-level baseline (sentence).",
         choices=list(HEAD_OUTPUTS),
     )
     w: float = option(0.5, "Weight of the local (token) loss; the global (sentence) loss has 1 - w (paper: 0.4-0.6).")

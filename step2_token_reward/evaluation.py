@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 
-from common.alignment import IGNORE_LABEL, NO_LINE, pool_token_scores
+from common.alignment import IGNORE_LABEL, NO_LINE
+from common.models.query_score import compose_query_scores
 from common.models.reward_losses import NUM_CLASSES, judges_words, local_loss, without_class_weights
 from common.models.reward_metrics import classification_metrics, sentence_metrics
-from common.models.token_reward import query_index, sentence_scores
+from common.models.token_reward import query_index, seen_words, sentence_scores, word_probabilities
 from step2_token_reward.dataset import LabelledResponse
 
 _CLASSIFICATION = ("auc", "accuracy", *(f"accuracy_{label}" for label in range(NUM_CLASSES)))
 METRIC_NAMES = (
-    "loss", "local_loss", "sentence_mse", "sentence_spearman", "sentence_auc",
+    "loss", "local_loss", "global_loss", "sentence_mse", "sentence_spearman", "sentence_auc",
     *(f"{level}_{name}" for level in ("token", "word") for name in _CLASSIFICATION),
 )  # fmt: skip
 
@@ -26,48 +26,43 @@ def held_out_metrics(
 ) -> dict[str, float]:
     """The measures of `METRIC_NAMES` over all predictions: outputs (T, N) of a response and its labels.
 
-    A sentence-level model (N = 1) has no measures of tokens and words.
-
-    Losses are those of the set as one batch; `sentence_mse` is the global loss. A measure that the data leave
+    Losses are those of the set as one batch. `sentence_*` judge the query scores that step 3 uses: composed of the
+    words', or a sentence-level model's own, which has no measures of tokens and words. A measure that the data leave
     undefined (a class that does not occur) is NaN.
     """
-    token_logits, token_classes, word_probabilities, word_classes, predicted, actual = ([] for _ in range(6))
+    token_logits, token_classes, word_rows, word_classes = ([] for _ in range(4))
+    trained, predicted, actual = [], [], []
     for logits, item in predictions:
-        sentences = sentence_scores(logits, item.encoded, len(item.query_scores))
+        judged = without_class_weights(logits, class_weights) if judges_words(logits) else logits
+        sentences = composed = sentence_scores(judged, item.encoded, len(item.query_scores))
+        if judges_words(logits):
+            labels = torch.tensor(item.labels)
+            token_logits.append(logits[labels != IGNORE_LABEL])
+            token_classes.append(labels[labels != IGNORE_LABEL])
+            probabilities = word_probabilities(judged, item.encoded)
+            seen = np.array(seen_words(item.encoded))
+            word_rows.append(probabilities[seen].numpy())
+            word_classes.append(np.array(item.word_labels)[seen])
+            composed = compose_query_scores(item.encoded.words, probabilities.tolist(), len(item.query_scores))
         for query in sorted(set(query_index(item.encoded)) - {NO_LINE}):
-            predicted.append(sentences[query])
+            trained.append(sentences[query])
+            predicted.append(composed[query])
             actual.append(item.query_scores[query])
-        if not judges_words(logits):
-            continue
-        labels = torch.tensor(item.labels)
-        valid = labels != IGNORE_LABEL
-        token_logits.append(logits[valid])
-        token_classes.append(labels[valid])
-        probabilities = _word_probabilities(logits, class_weights)
-        words, spans = item.encoded.words, item.encoded.spans
-        pooled = [pool_token_scores(words, column, spans, missing=math.nan) for column in probabilities.T.tolist()]
-        scored = ~np.isnan(pooled[0])
-        word_probabilities.append(np.array(pooled).T[scored])
-        word_classes.append(np.array(item.word_labels)[scored])
-    sentences = sentence_metrics(np.array(predicted), np.array(actual))
+    scores = np.array(actual)
+    global_loss = sentence_metrics(np.array(trained), scores)["mse"]
+    measures = {"global_loss": global_loss, **_named("sentence", sentence_metrics(np.array(predicted), scores))}
     if not token_logits:
-        return {"loss": sentences["mse"], **_named("sentence", sentences)}
+        return {"loss": global_loss, **measures}
     logits, classes = torch.cat(token_logits), torch.cat(token_classes)
     local = local_loss(logits, classes, class_weights).item()
+    tokens = without_class_weights(logits, class_weights).softmax(-1)
     return {
-        "loss": w * local + (1 - w) * sentences["mse"],
+        "loss": w * local + (1 - w) * global_loss,
         "local_loss": local,
-        **_named("sentence", sentences),
-        **_named("token", classification_metrics(_word_probabilities(logits, class_weights).numpy(), classes.numpy())),
-        **_named("word", classification_metrics(np.concatenate(word_probabilities), np.concatenate(word_classes))),
+        **measures,
+        **_named("token", classification_metrics(tokens.numpy(), classes.numpy())),
+        **_named("word", classification_metrics(np.concatenate(word_rows), np.concatenate(word_classes))),
     }
-
-
-def _word_probabilities(logits: torch.Tensor, class_weights: torch.Tensor) -> torch.Tensor:
-    """Class probabilities (T, 3) as step 3 will see them; the scorer says when class weights are taken out."""
-    if logits.shape[-1] > NUM_CLASSES:
-        logits = without_class_weights(logits, class_weights)
-    return logits[:, :NUM_CLASSES].softmax(-1)
 
 
 def _named(level: str, metrics: dict[str, float]) -> dict[str, float]:

@@ -81,7 +81,7 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
     length_alpha: float = option(0.9, "Length-weighted penalty: factor for each token past the suggested length.")
     suggested_length: int = option(0, "sl, in tokens a query; 0: the median over the training targets (paper).")
     sentence_coef: float = option(
-        0.0, "Weight of the reward model's sentence score (-1..1 when centred), added at each query's last token."
+        2.0, "Weight of a query's score, which stands at its last token, where its words together weigh 1."
     )
     list_cost: float = option(1.0, "Cost of each missing line, and of a missing EOS, in worst queries.")
 

@@ -24,7 +24,8 @@ class RewardOptions:
 
     `num_queries` is k, the number of queries asked for. `suggested_length` (tokens) and `length_alpha` make the
     length-weighted penalty; alpha 1 switches it off. `list_cost` is the price of a missing line or a missing EOS, in
-    worst queries. `sentence_coef` is the weight of each query's sentence score, which stands at its last token.
+    worst queries. `sentence_coef` is the weight of each query's score, which stands at its last token, where its words
+    together weigh 1; both are divided by the sum of the two, so that a reward stays on its scale.
     """
 
     num_queries: int
@@ -65,11 +66,11 @@ def token_rewards(
     """Rewards of one response's tokens.
 
     `decoded` holds the response's text and each token's span (EOS included, with an empty span), `word_scores` the
-    reward model's score in 0..2 of each word of `split_words(decoded.text)`, `query_scores` its sentence score in 0..1
-    of each line. With share s_t of a word in token t (`split`: the part of its characters; `copy`: 1), the word's
-    score e, the place i of the token in its query and n the words (`copy`: word tokens) of the query:
-    `r_t = s_t (e alpha^max(0, i - sl) - 1) / n`; the `- 1` and the `/ n` are scale control. A query's sentence score s
-    adds `sentence_coef (2 s - 1)` at its last token.
+    reward model's score in 0..2 of each word of `split_words(decoded.text)`, `query_scores` its score in 0..1 of each
+    line. With share s_t of a word in token t (`split`: the part of its characters; `copy`: 1), the word's score e, the
+    place i of the token in its query, n the words (`copy`: word tokens) of the query and c = `sentence_coef`:
+    `r_t = s_t (e alpha^max(0, i - sl) - 1) / (n (1 + c))`; the `- 1` and the `/ n` are scale control. A query's score s
+    adds `(2 s - 1) c / (1 + c)` at its last token.
 
     Guards: a word that its query said before scores 0, as in every annotator's labels. A query that repeats an earlier
     one is worth the worst score in every word. So is one past the k-th, but all of it is charged to the line break
@@ -84,7 +85,8 @@ def token_rewards(
     bad = _bad_queries(text, options.num_queries)
     begun_by = {line: _token_at(decoded, start - 1) for line, start in enumerate(_line_starts(text))}
     centre = MAX_WORD_SCORE / 2 if options.centre else 0.0
-    scale = _scales(shares, lines, options.normalise)
+    scale = [(1 + options.sentence_coef) * size for size in _scales(shares, lines, options.normalise)]
+    sentence_weight = options.sentence_coef / (1 + options.sentence_coef)
     model, sentence, penalty, guard = ([0.0] * len(spans) for _ in range(4))
     for t, (place, discount) in enumerate(_length_discounts(lines, options)):
         if place == 0:
@@ -99,8 +101,8 @@ def token_rewards(
         else:
             penalty[t] = discounted - scored
     for line, last in {line: t for t, line in enumerate(lines) if line != NO_LINE}.items():
-        worst = -options.sentence_coef * centre
-        sentence[last] = options.sentence_coef * MAX_WORD_SCORE * query_scores[line] + worst
+        worst = -sentence_weight * centre
+        sentence[last] = sentence_weight * MAX_WORD_SCORE * query_scores[line] + worst
         if line in bad:
             guard[last] -= sentence[last]
             guard[_charged(last, line, begun_by, options)] += worst
@@ -171,15 +173,14 @@ def _charge_list_errors(
     if not guard:
         return
     queries = split_queries(decoded.text)
-    worst_query = 1 + options.sentence_coef  # below the middle of the scale
     offset = 0
     for query, line in zip(queries, decoded.text.split("\n"), strict=False):
         offset += len(line)
         if not normalise(query):
-            guard[_token_at(decoded, offset)] -= worst_query if options.centre else 0.0
+            guard[_token_at(decoded, offset)] -= 1.0 if options.centre else 0.0
         offset += 1
     missing = max(0, options.num_queries - len(queries))
-    guard[-1] -= options.list_cost * worst_query * (missing + (not finished))
+    guard[-1] -= options.list_cost * (missing + (not finished))
 
 
 def _token_at(decoded: DecodedTokens, position: int) -> int:

@@ -24,7 +24,7 @@ COLOURS = {
     "sft": "0.5", "dpo": "#8c564b", "tppo": "#d62728", "ppo_response": "#1f77b4", "ppo_query": "#2ca02c",
     "ppo_response_token_rm": "#9ecae1", "ppo_query_token_rm": "#98df8a",
 }  # fmt: skip
-REWARD_HEADS = {"both_w0.5": ("token (words and queries)", "#d62728"), "sentence": ("sentence", "#1f77b4")}
+REWARD_HEADS = {"token_w0.5": ("token", "#d62728"), "sentence": ("sentence", "#1f77b4")}
 JUDGE = "simulated"
 
 

@@ -101,7 +101,7 @@ class Planner:
             "data_dir": self._path(self._data(world), "data"),
             "output_dir": self._path(name, "run"),
             "reward_level": PPO_SYSTEMS[system]["level"],
-            "sentence_coef": SENTENCE_COEF if PPO_SYSTEMS[system]["heads"] == "both" else 0.0,
+            "sentence_coef": SENTENCE_COEF if PPO_SYSTEMS[system]["heads"] == "token" else 0.0,
             "total_steps": self._scale.ppo_steps,
             "save_steps": self._scale.ppo_steps,
             "zero_stage": 1,

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 PPO_SYSTEMS: dict[str, dict[str, str]] = {
     "ppo_response": {"level": "response", "heads": "sentence"},
     "ppo_query": {"level": "query", "heads": "sentence"},
-    "ppo_response_token_rm": {"level": "response", "heads": "both"},
-    "ppo_query_token_rm": {"level": "query", "heads": "both"},
-    "tppo": {"level": "token", "heads": "both"},
+    "ppo_response_token_rm": {"level": "response", "heads": "token"},
+    "ppo_query_token_rm": {"level": "query", "heads": "token"},
+    "tppo": {"level": "token", "heads": "token"},
 }
 BASELINES = ("ppo_response", "ppo_query")
 COMPARED = (*BASELINES, "tppo")
@@ -25,8 +25,8 @@ TUNED_AS = {"ppo_response_token_rm": "ppo_response", "ppo_query_token_rm": "ppo_
 TEMPERATURE = 0.7
 SAMPLES = 3  # sampled responses to each user that a system is measured by
 
-# TPPO's own design: the weight of the sentence score at the query's end, beside the words' scores.
-SENTENCE_COEF = 0.5
+# TPPO's own design: the weight of a query's score at its end, beside the words' scores.
+SENTENCE_COEF = 2.0
 
 # Short credit: a token answers for what follows it soon. An end-of-response reward would not reach the first tokens.
 CREDIT = {"long": {"gamma": 1.0, "lam": 0.95}, "short": {"gamma": 0.9, "lam": 0.7}}
@@ -41,6 +41,8 @@ PPO_SEARCH: tuple[dict[str, float | str], ...] = (
     {"credit": "short"},
     {"credit": "short", "actor_learning_rate": 3e-4},
     {"credit": "short", "reward_scale": 2.0},
+    {"reward_scale": 3.0},
+    {"credit": "short", "reward_scale": 3.0},
 )
 DPO_CENTRE = {"learning_rate": 3e-5, "beta": 0.1}
 DPO_SEARCH: tuple[dict[str, float], ...] = ({}, {"learning_rate": 1e-5}, {"learning_rate": 1e-4}, {"beta": 0.3})

@@ -23,8 +23,8 @@ from common.errors import InputError
 
 NUM_CLASSES = 3
 MAX_SCORE = NUM_CLASSES - 1
-# Outputs a token by what the model judges: words; words and, with an output of its own, queries; queries alone.
-HEAD_OUTPUTS = {"token": NUM_CLASSES, "both": NUM_CLASSES + 1, "sentence": 1}
+# Outputs a token by what the model judges: words, or queries alone.
+HEAD_OUTPUTS = {"token": NUM_CLASSES, "sentence": 1}
 # Far below any class weight: it only keeps 0/0 of a step without data at 0.
 _SMALLEST_DENOMINATOR = 1e-12
 
@@ -45,35 +45,31 @@ class RewardLosses(NamedTuple):
 
 
 def judges_words(logits: Tensor) -> bool:
-    """Whether these outputs (..., N) hold word classes; those of a sentence-level model do not."""
-    return logits.shape[-1] >= NUM_CLASSES
+    """Whether these outputs (..., N) are word classes; those of a sentence-level model are not."""
+    return logits.shape[-1] == NUM_CLASSES
 
 
 def expected_score(logits: Tensor) -> Tensor:
-    """`E_p[c] = p_1 + 2 p_2` in [0, 2]; (..., 3 or 4) -> (...), in fp32."""
-    probabilities = logits[..., :NUM_CLASSES].float().softmax(dim=-1)
-    return probabilities @ torch.arange(NUM_CLASSES, dtype=torch.float32, device=logits.device)
+    """`E_p[c] = p_1 + 2 p_2` in [0, 2]; (..., 3) -> (...), in fp32."""
+    return logits.float().softmax(dim=-1) @ torch.arange(NUM_CLASSES, dtype=torch.float32, device=logits.device)
 
 
 def without_class_weights(logits: Tensor, class_weights: Tensor) -> Tensor:
-    """The same outputs (..., N) as if the local loss had weighed all classes (3,) alike.
+    """The same outputs (..., 3) as if the local loss had weighed all classes (3,) alike.
 
     A cross-entropy weighted by w learns `w_c p_c / sum`, so rare classes look too likely: a bias of a quarter of a
-    score with inverse class frequency. `logit_c - log w_c` gives p_c back (prior correction; Elkan 2001). Exact where
-    nothing but the local loss trains the classes, that is, with a sentence output of its own.
+    score with inverse class frequency. `logit_c - log w_c` gives p_c back (prior correction; Elkan 2001).
     """
-    shift = torch.zeros(logits.shape[-1], device=logits.device)
-    shift[:NUM_CLASSES] = class_weights.log()
-    return logits - shift
+    return logits - class_weights.log().to(logits.device)
 
 
 def local_loss(logits: Tensor, labels: Tensor, class_weights: Tensor, denominator: Tensor | None = None) -> Tensor:
     """`-sum_{t in V} w_{c_t} log p(c_t) / sum_{t in V} w_{c_t}`.
 
-    logits (B, T, 3 or 4), labels (B, T), class_weights (3,) -> scalar. `denominator` replaces the sum of these
+    logits (B, T, 3), labels (B, T), class_weights (3,) -> scalar. `denominator` replaces the sum of these
     weights by that of the whole optimiser step; without any token in the valid zone the loss is 0.
     """
-    log_probs = logits[..., :NUM_CLASSES].float().log_softmax(dim=-1)
+    log_probs = logits.float().log_softmax(dim=-1)
     weighted = F.nll_loss(
         log_probs.flatten(0, -2), labels.flatten(), class_weights, ignore_index=IGNORE_LABEL, reduction="sum"
     )
@@ -82,16 +78,15 @@ def local_loss(logits: Tensor, labels: Tensor, class_weights: Tensor, denominato
 
 
 def predicted_sentences(logits: Tensor, query_index: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
-    """Each query's score in [0, 1]: (B, Q), and which queries have any token: (B, Q).
+    """What the global loss takes for each query's score, in [0, 1]: (B, Q), and which queries have any token: (B, Q).
 
-    logits (B, T, N), query_index (B, T). Without an output of its own (N = 3) it is `mean_{t in V_q} E_p[c_t] / 2`; the
-    last output z of the other heads gives `sigmoid(mean_{t in V_q} z_t)`, which is a linear head on the mean hidden
-    state of the query.
+    logits (B, T, N), query_index (B, T). With word classes it is `mean_{t in V_q} E_p[c_t] / 2`; the output z of a
+    sentence-level model gives `sigmoid(mean_{t in V_q} z_t)`, a linear head on the mean hidden state of the query.
     """
-    if logits.shape[-1] == NUM_CLASSES:
+    if judges_words(logits):
         means, present = query_means(expected_score(logits), query_index, num_queries)
         return means / MAX_SCORE, present
-    means, present = query_means(logits[..., -1].float(), query_index, num_queries)
+    means, present = query_means(logits[..., 0].float(), query_index, num_queries)
     return means.sigmoid(), present
 
 
@@ -118,12 +113,15 @@ def token_reward_loss(
 ) -> RewardLosses:
     """`L = w L_local + (1 - w) L_global`; shapes as in `local_loss` and `global_loss`.
 
-    Without word classes (N = 1) there is no local loss and `L = L_global`, whatever w is.
+    The global loss sees the outputs without the class weights: with them the two losses would want different
+    probabilities of the same word. Without word classes (N = 1) there is no local loss and `L = L_global`, whatever w
+    is.
     """
     weight_sum, queries = denominators or (None, None)
-    sentence = global_loss(logits, query_index, query_scores, queries)
     if not judges_words(logits):
+        sentence = global_loss(logits, query_index, query_scores, queries)
         return RewardLosses(sentence, torch.zeros_like(sentence), sentence)
+    sentence = global_loss(without_class_weights(logits, class_weights), query_index, query_scores, queries)
     local = local_loss(logits, labels, class_weights, weight_sum)
     return RewardLosses(w * local + (1 - w) * sentence, local, sentence)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -25,27 +24,22 @@ from common.data.records import Event
 from common.errors import InputError, TrainingDiverged
 from common.files import read_json, write_json
 from common.models.loading import DTYPES, check_attention, load_fast_tokenizer
+from common.models.query_score import compose_query_scores
 from common.models.reward_encoder import EncodedResponse, RewardEncoder, RewardInputOptions
-from common.models.reward_losses import (
-    MAX_SCORE,
-    expected_score,
-    judges_words,
-    predicted_sentences,
-    without_class_weights,
-)
+from common.models.reward_losses import MAX_SCORE, judges_words, predicted_sentences, without_class_weights
 from common.text import split_queries
 
 SETTINGS_NAME = "token_reward.json"
 TEMPLATE_NAME = "prompt_template.jinja"
 LABEL_NAMES = ("irrelevant", "relevant", "very relevant")
 SENTENCE_NAME = "query relevance"
-MISSING_WORD_SCORE = 0.0
+MISSING_WORD = (1.0, 0.0, 0.0)  # irrelevant: what the model cannot see is not to be paid for
 
 
 class RewardScores(NamedTuple):
-    """Of each response: `words`, the expected score in 0..2 of each word of `split_words`; `queries`, the sentence
-    score in 0..1 of each line of `split_queries`, 0 for a line without a token. `missing` words of all responses had
-    no token (cut off, or removed by the tokenizer) and score 0."""
+    """Of each response: `words`, the expected score in 0..2 of each word of `split_words`; `queries`, the score in 0..1
+    of each line of `split_queries`, 0 for a line without a word. `missing` words of all responses had no token (cut
+    off, or removed by the tokenizer) and count as irrelevant."""
 
     words: list[list[float]]
     queries: list[list[float]]
@@ -55,9 +49,10 @@ class RewardScores(NamedTuple):
 class TokenRewardModel:
     """Scores responses with `module`, a token classifier; one forward call a batch, whatever the batch holds.
 
-    `class_weights` (3,), those of its local loss, are taken out of the word scores (`without_class_weights`). A
-    sentence-level model has no word scores: each word then carries its query's score, on the words' scale.
-    `module` may be in DeepSpeed's hands: it is called as it is, on the device that its weights are on.
+    `class_weights` (3,), those of its local loss, are taken out of the outputs (`without_class_weights`). Queries are
+    judged by their words (`compose_query_scores`). A sentence-level model judges queries alone: each word then carries
+    its query's score, on the words' scale. `module` may be in DeepSpeed's hands: it is called as it is, on the device
+    that its weights are on.
     """
 
     def __init__(
@@ -81,21 +76,34 @@ class TokenRewardModel:
             logits = without_class_weights(logits, self._class_weights)
         words, queries, missing = [], [], 0
         for row, item, response in zip(logits, encoded, responses, strict=True):
-            outputs = row[: len(item.spans)]
-            queries.append(sentence_scores(outputs, item, len(split_queries(response))))
-            pooled = word_scores(outputs, item, queries[-1])
-            missing += sum(map(math.isnan, pooled))
-            words.append([MISSING_WORD_SCORE if math.isnan(score) else score for score in pooled])
+            outputs, num_queries = row[: len(item.spans)], len(split_queries(response))
+            seen = seen_words(item)
+            if judges_words(outputs):
+                classes = word_probabilities(outputs, item)
+                words.append((classes[:, 1] + MAX_SCORE * classes[:, 2]).tolist())
+                queries.append(compose_query_scores(item.words, classes.tolist(), num_queries))
+            else:
+                queries.append(sentence_scores(outputs, item, num_queries))
+                rows = zip(item.words, seen, strict=True)
+                words.append([MAX_SCORE * queries[-1][word.line] if is_seen else 0.0 for word, is_seen in rows])
+            missing += seen.count(False)
         return RewardScores(words, queries, missing)
 
 
-def word_scores(logits: torch.Tensor, encoded: EncodedResponse, queries: Sequence[float]) -> list[float]:
-    """Each word's score in 0..2, NaN for one without a token; logits (T, N), `queries` the scores of its lines."""
-    if judges_words(logits):
-        token_scores = expected_score(logits).tolist()
-    else:
-        token_scores = [0.0 if line == NO_LINE else MAX_SCORE * queries[line] for line in query_index(encoded)]
-    return pool_token_scores(encoded.words, token_scores, encoded.spans, missing=math.nan)
+def word_probabilities(logits: torch.Tensor, encoded: EncodedResponse) -> torch.Tensor:
+    """Each word's class probabilities (W, 3), those of its tokens pooled; logits (T, 3). See `MISSING_WORD`."""
+    columns = logits.float().softmax(-1).T.tolist()
+    pooled = [
+        pool_token_scores(encoded.words, column, encoded.spans, missing)
+        for column, missing in zip(columns, MISSING_WORD, strict=True)
+    ]
+    return torch.tensor(pooled).T.reshape(-1, len(MISSING_WORD))
+
+
+def seen_words(encoded: EncodedResponse) -> list[bool]:
+    """Whether any token holds a part of each word (W)."""
+    covered = pool_token_scores(encoded.words, [1.0] * len(encoded.spans), encoded.spans, missing=0.0)
+    return [share > 0 for share in covered]
 
 
 def sentence_scores(logits: torch.Tensor, encoded: EncodedResponse, num_queries: int) -> list[float]:
@@ -151,8 +159,7 @@ def load_token_reward_model(
 
 def output_names(heads: str) -> dict[int, str]:
     """The model's outputs by index, as its configuration names them."""
-    names = [] if heads == "sentence" else [*LABEL_NAMES]
-    return dict(enumerate(names if heads == "token" else [*names, SENTENCE_NAME]))
+    return dict(enumerate([SENTENCE_NAME] if heads == "sentence" else LABEL_NAMES))
 
 
 def reads_both_ways(model: PreTrainedModel) -> bool:
@@ -172,8 +179,7 @@ def load_token_reward_scorer(path: str, options: ModelOptions) -> TokenRewardMod
     heads = saved.get("heads", "token")
     model = load_token_reward_model(path, options, heads=heads)
     tokenizer = load_fast_tokenizer(path, options.trust_remote_code)
-    # With heads `token` the global loss has trained the weighted classes too: nothing exact can be taken out.
-    class_weights = saved["class_weights"] if heads == "both" else None
+    class_weights = saved.get("class_weights") if heads == "token" else None
     return TokenRewardModel(model.eval(), RewardEncoder(tokenizer, settings, model), class_weights)
 
 

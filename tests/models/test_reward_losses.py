@@ -75,9 +75,11 @@ def test_global_loss_by_hand() -> None:
 
 @pytest.mark.parametrize("w", [0.0, 0.3, 1.0])
 def test_total_is_the_weighted_sum(w: float) -> None:
-    losses = token_reward_loss(logits_of(PROBABILITIES), LABELS, QUERY_INDEX, QUERY_SCORES, WEIGHTS, w)
+    """To the global loss, outputs that the weighted local loss would fit, `w_c p_c`, are the probabilities p."""
+    weighted = (torch.tensor(PROBABILITIES) * WEIGHTS).log()
+    losses = token_reward_loss(weighted, LABELS, QUERY_INDEX, QUERY_SCORES, WEIGHTS, w)
     assert losses.total.item() == pytest.approx(w * losses.local_loss.item() + (1 - w) * losses.global_loss.item())
-    assert losses.local_loss.item() == local_loss(logits_of(PROBABILITIES), LABELS, WEIGHTS).item()
+    assert losses.local_loss.item() == local_loss(weighted, LABELS, WEIGHTS).item()
     assert losses.global_loss.item() == pytest.approx(0.116875, rel=1e-5)
 
 
@@ -133,7 +135,9 @@ def test_losses_equal_loops_over_tokens_and_queries(shape: tuple[int, int, int, 
             label = int(labels[row, token])
             numerator -= WEIGHTS[label].item() * math.log(p[label])
             denominator += WEIGHTS[label].item()
-            of_query.setdefault((row, int(index[row, token])), []).append(p[1] + 2 * p[2])
+            # p_c / w_c: the global loss is to see the words without the class weights.
+            free = [value / weight for value, weight in zip(p, WEIGHTS.tolist(), strict=True)]
+            of_query.setdefault((row, int(index[row, token])), []).append((free[1] + 2 * free[2]) / sum(free))
     squared = [(scores[key].item() - sum(v) / len(v) / 2) ** 2 for key, v in of_query.items()]
     losses = token_reward_loss(logits, labels, index, scores, WEIGHTS, 0.4)
     assert losses.local_loss.item() == pytest.approx(numerator / denominator if denominator else 0.0, rel=1e-5)
@@ -195,30 +199,17 @@ def _sigmoid(value: float) -> float:
     return 1 / (1 + math.exp(-value))
 
 
-def _with_sentence_head(probabilities: list) -> torch.Tensor:
-    return torch.cat([logits_of(probabilities), SENTENCE_LOGITS.unsqueeze(-1)], dim=-1)
-
-
 # Queries of the first response: tokens 0 and 1, and token 3; of the second: token 1, none, and token 2.
 PREDICTED = [_sigmoid((0.4 - 0.8) / 2), _sigmoid(1.2), _sigmoid(0.5), _sigmoid(-0.3)]
 SENTENCE_ERROR = sum((s - p) ** 2 for s, p in zip((1.0, 0.5, 0.5, 0.0), PREDICTED, strict=True)) / 4
 
 
-def test_a_head_of_its_own_judges_queries_by_the_mean_of_its_outputs() -> None:
-    for logits in (_with_sentence_head(PROBABILITIES), SENTENCE_LOGITS.unsqueeze(-1)):
-        predicted, present = predicted_sentences(logits, QUERY_INDEX, 3)
-        assert present.tolist() == [[True, True, False], [True, False, True]]
-        assert predicted[present].tolist() == pytest.approx(PREDICTED, abs=1e-6)
-        assert global_loss(logits, QUERY_INDEX, QUERY_SCORES).item() == pytest.approx(SENTENCE_ERROR, abs=1e-6)
-
-
-def test_the_sentence_output_is_no_word_class() -> None:
-    both = _with_sentence_head(PROBABILITIES)
-    torch.testing.assert_close(expected_score(both), expected_score(logits_of(PROBABILITIES)))
-    words = local_loss(logits_of(PROBABILITIES), LABELS, WEIGHTS)
-    torch.testing.assert_close(local_loss(both, LABELS, WEIGHTS), words)
-    losses = token_reward_loss(both, LABELS, QUERY_INDEX, QUERY_SCORES, WEIGHTS, 0.3)
-    assert losses.total.item() == pytest.approx(0.3 * words.item() + 0.7 * SENTENCE_ERROR, abs=1e-6)
+def test_a_sentence_level_model_judges_queries_by_the_mean_of_its_outputs() -> None:
+    logits = SENTENCE_LOGITS.unsqueeze(-1)
+    predicted, present = predicted_sentences(logits, QUERY_INDEX, 3)
+    assert present.tolist() == [[True, True, False], [True, False, True]]
+    assert predicted[present].tolist() == pytest.approx(PREDICTED, abs=1e-6)
+    assert global_loss(logits, QUERY_INDEX, QUERY_SCORES).item() == pytest.approx(SENTENCE_ERROR, abs=1e-6)
 
 
 @pytest.mark.parametrize("w", [0.0, 0.5, 1.0])
@@ -233,18 +224,17 @@ def test_taking_class_weights_out_gives_the_true_frequencies_back() -> None:
     counts = torch.tensor([60, 30, 10])
     labels = torch.repeat_interleave(torch.arange(3), counts).unsqueeze(0)
     weights = torch.tensor(inverse_class_frequency(counts.tolist()))
-    logits = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([logits], max_iter=100, tolerance_grad=1e-12)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = local_loss(logits.expand(1, len(labels[0]), 4), labels, weights)
+        loss = local_loss(logits.expand(1, len(labels[0]), 3), labels, weights)
         loss.backward()
         return loss
 
     optimizer.step(closure)
     fitted = logits.detach()
-    assert fitted[:3].softmax(0).tolist() == pytest.approx([1 / 3] * 3, abs=1e-4)
+    assert fitted.softmax(0).tolist() == pytest.approx([1 / 3] * 3, abs=1e-4)
     corrected = without_class_weights(fitted, weights)
-    assert corrected[:3].softmax(0).tolist() == pytest.approx([0.6, 0.3, 0.1], abs=1e-4)
-    assert corrected[3] == fitted[3]
+    assert corrected.softmax(0).tolist() == pytest.approx([0.6, 0.3, 0.1], abs=1e-4)

@@ -272,23 +272,22 @@ def test_scores_equal_those_of_one_response_at_a_time(folders: dict[str, str], k
     for response, words, queries in zip(RESPONSES, scores.words, scores.queries, strict=True):
         encoded = encoder.encode(HISTORY, response)
         with torch.no_grad():
-            expected = expected_score(model(**encoder.collate([encoded.tokens])).logits)[0].tolist()
-        of_query: dict[int, set[int]] = {}
+            logits = model(**encoder.collate([encoded.tokens])).logits[0]
+        columns = (expected_score(logits), *logits.softmax(-1).T[:2])
+        expected, irrelevant, relevant = (column.tolist() for column in columns)
+        fit, only_relevant = ([float(bool(line)) for line in split_queries(response)] for _ in range(2))
         for word, score in zip(split_words(response), words, strict=True):
             shared = [max(0, min(word.end, end) - max(word.start, start)) for start, end in encoded.spans]
-            mean = sum(s * e for s, e in zip(shared, expected, strict=True)) / sum(shared)
+            mean, p_0, p_1 = (np.dot(shared, column) / sum(shared) for column in (expected, irrelevant, relevant))
             assert score == pytest.approx(mean, abs=1e-5)
-            of_query.setdefault(word.line, set()).update(np.flatnonzero(shared).tolist())
-        plain = [0.0] * len(split_queries(response))
-        for line, tokens in of_query.items():
-            plain[line] = sum(expected[token] for token in tokens) / len(tokens) / 2
-        assert queries == pytest.approx(plain, abs=1e-5)
+            fit[word.line] *= 1 - p_0
+            only_relevant[word.line] *= p_1
+        assert queries == pytest.approx([a - b for a, b in zip(fit, only_relevant, strict=True)], abs=1e-5)
 
 
-@pytest.mark.parametrize("heads", ["both", "sentence"])
-def test_scores_of_models_with_a_sentence_head(folders: dict[str, str], tmp_path: Path, heads: str) -> None:
-    """Queries from the last output; words from their classes, or from their queries where there are none."""
-    model = load_token_reward_model(folders["llama"], SDPA, bidirectional=True, heads=heads).eval()
+def test_scores_of_a_sentence_level_model(folders: dict[str, str], tmp_path: Path) -> None:
+    """Queries from its output, each word's from its query's."""
+    model = load_token_reward_model(folders["llama"], SDPA, bidirectional=True, heads="sentence").eval()
     tokenizer = load_fast_tokenizer(folders["llama"])
     encoder = RewardEncoder(tokenizer, INPUTS, model)
     scores = TokenRewardModel(model, encoder).score([HISTORY] * 3, RESPONSES)
@@ -302,14 +301,8 @@ def test_scores_of_models_with_a_sentence_head(folders: dict[str, str], tmp_path
             plain = torch.sigmoid(logits[tokens, -1].mean()).item() if len(tokens) else 0.0
             assert score == pytest.approx(plain, abs=1e-5)
         for word, score in zip(split_words(response), words, strict=True):
-            if heads == "sentence":
-                assert score == pytest.approx(2 * queries[word.line], abs=1e-5)
-            else:
-                tokens = [t for t, (start, end) in enumerate(encoded.spans) if start < word.end and end > word.start]
-                low, high = (pick(expected_score(logits)[tokens]).item() for pick in (torch.min, torch.max))
-                assert low - 1e-5 <= score <= high + 1e-5
-    # Even class weights change nothing.
-    facts = {"heads": heads, "class_weights": [1.0, 1.0, 1.0]}
+            assert score == pytest.approx(2 * queries[word.line], abs=1e-5)
+    facts = {"heads": "sentence", "class_weights": [0.5, 1.0, 1.5]}
     save_token_reward_model(tmp_path / "model", model, tokenizer, INPUTS, facts)
     loaded = load_token_reward_scorer(str(tmp_path / "model"), SDPA).score([HISTORY] * 3, RESPONSES)
     assert loaded.queries == [pytest.approx(queries, abs=1e-6) for queries in scores.queries]

@@ -79,18 +79,20 @@ def test_a_word_said_before_in_its_query_scores_nothing() -> None:
 def test_the_sentence_score_stands_at_the_querys_last_token() -> None:
     options = replace(PLAIN, sentence_coef=0.5)
     rewards = token_rewards(RED_SHOES, SCORES, True, options, queries=(0.9, 0.25))
-    # 0.5 (2 * 0.9 - 1) and 0.5 (2 * 0.25 - 1)
-    assert rewards.sentence == pytest.approx([0, 0, 0.4, 0, 0, -0.25, 0])
-    assert rewards.model == token_rewards(RED_SHOES, SCORES, True, PLAIN).model
+    # A third of 2 * 0.9 - 1 and of 2 * 0.25 - 1; the words keep two thirds.
+    assert rewards.sentence == pytest.approx([0, 0, 0.8 / 3, 0, 0, -0.5 / 3, 0])
+    words_alone = token_rewards(RED_SHOES, SCORES, True, PLAIN).model
+    assert rewards.model == pytest.approx([value / 1.5 for value in words_alone])
     raw = token_rewards(RED_SHOES, SCORES, True, replace(options, centre=False), queries=(0.9, 0.25))
-    assert raw.sentence == pytest.approx([0, 0, 0.9, 0, 0, 0.25, 0])
+    assert raw.sentence == pytest.approx([0, 0, 0.6, 0, 0, 0.5 / 3, 0])
 
 
 def test_a_bad_query_loses_its_sentence_score_too() -> None:
     options = replace(PLAIN, sentence_coef=0.5)
     rewards = token_rewards(tokens("a1", "\n", "A1!", "\n", "b2", ""), [2.0] * 3, True, options, queries=(1.0,) * 3)
-    # Worst words -1 and worst sentence -0.5: at the repeat itself, and at the break that began the third query.
-    assert rewards.total == pytest.approx([1.5, 0, -1.5, -1.5, 0, 0])
+    # Worst words -2/3 and worst sentence -1/3: at the repeat itself, and at the break that began the third query.
+    assert rewards.total == pytest.approx([1, 0, -1, -1, 0, 0])
+    assert rewards.guard == pytest.approx([0, 0, -2, -1, -1, 0])
 
 
 def test_empty_line_missing_line_and_missing_end_are_charged() -> None:

@@ -113,5 +113,5 @@ def test_budgets_and_noise_change_the_labels_alone(jobs: dict[str, Job]) -> None
 
 
 def test_sentence_models_learn_from_the_same_labels(jobs: dict[str, Job]) -> None:
-    token, sentence = jobs["s1/k3/n0_noise0.09/both_w0.5"], jobs["s1/k3/n0_noise0.09/sentence"]
+    token, sentence = jobs["s1/k3/n0_noise0.09/token_w0.5"], jobs["s1/k3/n0_noise0.09/sentence"]
     assert _changed(token, sentence, "step2_token_reward.main") == {"heads"}
