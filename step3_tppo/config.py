@@ -90,6 +90,11 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
         choices=["", *ANNOTATORS],
     )
     truth: str = option("", "For the monitor simulated: truth.jsonl of the embedded log.")
+    reward_from: str = option(
+        "model", "Who gives the scores that rewards are made of: the reward model, or the monitor's annotator itself, "
+        "which shows what a better reward model would be worth.",
+        choices=["model", "monitor"],
+    )
     monitor_margin: float = option(
         0.0, "Stop once the judged relevance rate is this far below its best although the reward is not; 0: never."
     )
@@ -120,6 +125,8 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
                 raise InputError(f"--{name} must not be negative, but is {getattr(self, name)}")
         if self.monitor_margin > 0 and not self.monitor:
             raise InputError("--monitor_margin needs --monitor: without a judge there is nothing to compare with")
+        if self.reward_from == "monitor" and not self.monitor:
+            raise InputError("--reward_from monitor needs --monitor: it says which annotator gives the scores")
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise InputError("--kl_in loss needs --kl_estimator k2 or k3: k1 as a loss has no gradient in expectation")
         if 0 < self.dual_clip <= 1:

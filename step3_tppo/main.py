@@ -50,9 +50,13 @@ def main() -> None:
     examples = load_examples(config.data_dir, "train")
     length = config.suggested_length or median_query_tokens(tokenizer, examples)
 
+    annotator = load_annotator(config.monitor, truth_path=config.truth) if config.monitor else None
+    monitor = RolloutMonitor(annotator, config.num_queries) if annotator else None
+
     models = build_models(config, tokenizer)
-    make_rollout = RolloutMaker(models, prompts, reward_options(config, length), config, device)
-    TPPOTrainer(config, models, make_rollout, examples, device, load_monitor(config)).train()
+    judge = annotator if config.reward_from == "monitor" else None
+    make_rollout = RolloutMaker(models, prompts, reward_options(config, length), config, device, judge)
+    TPPOTrainer(config, models, make_rollout, examples, device, monitor).train()
 
     export_models(models, tokenizer, config)
     distributed.on_main_first(lambda: report(config, time.perf_counter() - begun))
@@ -67,13 +71,6 @@ def claim(config: Step3Config) -> None:
         overwrite=config.overwrite,
         may_differ=MAY_DIFFER_ON_RESUME,
     )
-
-
-def load_monitor(config: Step3Config) -> RolloutMonitor | None:
-    """The annotator that judges rollouts, if there is to be one."""
-    if not config.monitor:
-        return None
-    return RolloutMonitor(load_annotator(config.monitor, truth_path=config.truth), config.num_queries)
 
 
 def median_query_tokens(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> int:

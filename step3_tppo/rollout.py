@@ -11,12 +11,14 @@ import torch
 from common.alignment import DecodedTokens, TokenDecoder
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
+from common.evaluation.summary import score_rows
+from common.feedback.annotator import Annotator
 from common.models.generate import Generated, generate_responses
 from common.models.sequences import SequenceBatch, TokenScores, pad_sequences, response_scores, score_in_blocks
 from step3_tppo.config import Step3Config
 from step3_tppo.losses import k1_kl
 from step3_tppo.models import Models
-from step3_tppo.rewards import RewardOptions, TokenRewards, token_rewards
+from step3_tppo.rewards import MAX_WORD_SCORE, RewardOptions, TokenRewards, token_rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +44,19 @@ class Rollout:
 
 
 class RolloutMaker:
-    """Samples with the actor and scores with all four models; the same number of forward calls on every rank."""
+    """Samples with the actor and scores with all four models; the same number of forward calls on every rank.
+
+    A `judge` gives the scores in place of the reward model.
+    """
 
     def __init__(
-        self, models: Models, prompts: PromptBuilder, rewards: RewardOptions, config: Step3Config, device: torch.device
+        self,
+        models: Models,
+        prompts: PromptBuilder,
+        rewards: RewardOptions,
+        config: Step3Config,
+        device: torch.device,
+        judge: Annotator | None = None,
     ) -> None:
         self._models = models
         self._prompts = prompts
@@ -54,6 +65,7 @@ class RolloutMaker:
         self._rewards = rewards
         self._config = config
         self._device = device
+        self._judge = judge
 
     def __call__(self, examples: Sequence[Example], seed: int) -> Rollout:
         """Sample `samples_per_prompt` responses for each of this rank's `examples`; `seed` differs between ranks."""
@@ -89,7 +101,7 @@ class RolloutMaker:
             (values,) = score_in_blocks(batch, self._config.scoring_batch_size, lambda block: (module(block),))
         clock.lap("reference_critic_scoring")
         decoded = [self._decoder(ids) for ids in responses]
-        words, queries = self._reward_scores(examples, generated)
+        words, queries = (self._judged if self._judge else self._reward_scores)(examples, generated)
         rows = zip(decoded, words, queries, generated, strict=True)
         parts = [token_rewards(text, *scores, response.finished, self._rewards) for text, *scores, response in rows]
         clock.lap("reward_scoring")
@@ -135,6 +147,15 @@ class RolloutMaker:
                 words += scores.words
                 queries += scores.queries
         return words, queries
+
+
+    def _judged(
+        self, examples: Sequence[Example], generated: Sequence[Generated]
+    ) -> tuple[list[list[float]], list[list[float]]]:
+        """The judge's scores, on the reward model's scales."""
+        rows = score_rows(examples, [{"response": response.text} for response in generated], self._judge)
+        words = [[float(score) for line in row["words"] for score in line] for row in rows]
+        return words, [[score / MAX_WORD_SCORE for score in row["queries"]] for row in rows]
 
 
 def reward_options(config: Step3Config, suggested_length: int) -> RewardOptions:

@@ -17,6 +17,7 @@ from study.settings import (
     PPO_SEARCH,
     PPO_SYSTEMS,
     SEARCH_SEED,
+    SENTENCE_COEF,
     TUNED_AS,
     WEIGHTS,
     Scale,
@@ -80,6 +81,9 @@ def axis_jobs(planner: Planner, scale: Scale, chosen: Chosen) -> None:
             if name == f"credit_{chosen['tppo']['credit']}":
                 continue  # that is TPPO as it is
             planner.ppo(f"ablation_{name}", World(seed), "tppo", chosen["tppo"], changes=changes)
+        for system in COMPARED:
+            changes = {"reward_from": "monitor", "sentence_coef": str(SENTENCE_COEF)}
+            planner.ppo("oracle", World(seed), system, chosen[system], changes=changes)
         for noise in LABEL_NOISE:
             world = World(seed, users=ABLATED_USERS, noise=noise)
             compare_jobs(planner, f"noise{noise:g}", world, chosen)

@@ -87,6 +87,15 @@ def test_the_monitor_only_watches(inputs: Path, base: list[dict], tmp_path: Path
         assert abs(row["judge/word_gap"]) <= row["judge/word_calibration_error"] + 1e-12
 
 
+def test_the_monitor_as_the_reward(inputs: Path, base: list[dict], tmp_path: Path) -> None:  # noqa: F811
+    run_successfully(inputs, tmp_path / "run", *BASE, "--monitor", "lexical", "--reward_from", "monitor")
+    rows = numbers(tmp_path / "run")
+    assert all(row["judge/word_gap"] == row["judge/word_calibration_error"] == 0 for row in rows)
+    # The same first samples, judged otherwise.
+    assert rows[0]["response/tokens"] == base[0]["response/tokens"]
+    assert rows[0]["reward/model_per_token"] != base[0]["reward/model_per_token"]
+
+
 def _stopped_after_two(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
     with mock.patch.object(OverOptimisation, "found", lambda rule: len(rule._history) == 2):
         return _main(rank, world_size, argv)
