@@ -123,12 +123,13 @@ stage step2_reward launch step2_token_reward/main.py ${launcher[@]+"${launcher[@
     --samples "$samples" --labels "$labels" --output_dir "$run/step2_token_reward/reward" --seed "$seed" --resume \
     --max_prompt_tokens "$prompt_tokens" --max_response_tokens $((2 * response_tokens)) ${reward_flags[@]+"${reward_flags[@]}"}
 stage step3_tppo launch step3_tppo/main.py ${launcher[@]+"${launcher[@]}"} --config "step3_tppo/configs/$preset.yaml" \
-    --actor_path "$run/step1_sft/model" --reward_path "$run/step2_token_reward/reward/model" --data_dir "$run/data" \
-    --output_dir "$run/step3_tppo" --seed "$seed" --resume "${lengths[@]}" ${ppo_flags[@]+"${ppo_flags[@]}"}
+    --actor_path "$run/step1_sft/model" --reward_path "$run/step2_token_reward/reward/model" \
+    --critic_path "$run/step2_token_reward/reward/model" --data_dir "$run/data" --output_dir "$run/step3_tppo" \
+    --seed "$seed" --resume "${lengths[@]}" ${ppo_flags[@]+"${ppo_flags[@]}"}
 rm -f "$run/stages/evaluate.json" # a report is cheap, and it takes the other stages' times in
 stage evaluate python -m common.evaluation.evaluate --data_dir "$run/data" --output_dir "$run" --overwrite \
     --systems "sft=$run/step1_sft/model" "tppo=$run/step3_tppo/model" --prompt_template compact --seed "$seed" \
-    --max_prompt_tokens "$prompt_tokens" --max_new_tokens "$response_tokens" --timings "$run"/stages/*.json \
+    --max_prompt_tokens "$prompt_tokens" --max_new_tokens "$response_tokens" --temperature 0.7 --timings "$run"/stages/*.json \
     --annotator "$annotator" --reward_annotator "$annotator" ${truth[@]+"${truth[@]}"} \
     ${report_flags[@]+"${report_flags[@]}"}
 
