@@ -35,11 +35,10 @@ MINI_BATCH = 16
 PPO_CENTRE = {"actor_learning_rate": 1.5e-4, "kl_coef": 0.08, "reward_scale": 1.0, "credit": "long"}
 PPO_SEARCH: tuple[dict[str, float | str], ...] = (
     {},
-    {"actor_learning_rate": 3e-4},
+    {"actor_learning_rate": 7.5e-5},
     {"kl_coef": 0.16},
     {"reward_scale": 2.0},
     {"credit": "short"},
-    {"credit": "short", "actor_learning_rate": 3e-4},
     {"credit": "short", "reward_scale": 2.0},
     {"reward_scale": 3.0},
     {"credit": "short", "reward_scale": 3.0},
@@ -89,7 +88,7 @@ class Scale:
     axis_seeds: tuple[int, ...] = (1, 2, 3)
     sft_epochs: int = 8
     label_epochs: dict[int, int] = field(default_factory=lambda: {0: 2, 1500: 4, 500: 6, 150: 10})
-    ppo_steps: int = 45
+    ppo_steps: int = 80
     budgets: tuple[int, ...] = LABEL_BUDGETS
     search: bool = True
     axes: bool = True
