@@ -1,25 +1,29 @@
 """From rewards and values to advantages and returns. All tensors are (B, T) over response tokens.
 
 Notation: r rewards, V values with V_t the value of the state before token t, m the response mask (True for the tokens
-that the actor chose, EOS included; right-padded), gamma the discount, lam GAE's lambda.
+that the actor chose, EOS included; right-padded), gamma_t the discount of what follows token t, lam GAE's lambda.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from common.alignment import NO_LINE
 from common.engine.distributed import sum_over_ranks
 
 
 def generalized_advantages(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: torch.Tensor | float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """GAE (Schulman et al. 2016): `A_t = sum_l (gamma lam)^l delta_{t+l}`, `delta_t = r_t + gamma V_{t+1} - V_t`.
+    """GAE (Schulman et al. 2016): `A_t = delta_t + gamma_t lam A_{t+1}`, `delta_t = r_t + gamma_t V_{t+1} - V_t`.
 
     The value after a response's last token is 0: the answer ends there, by EOS or by the length limit (whose cost is
     in the reward). Returns advantages and returns `A + V`, both (B, T) and 0 where the mask is False; what stands at
     masked places of `rewards` and `values` has no influence.
     """
+    gamma = torch.as_tensor(gamma, dtype=values.dtype, device=values.device).expand_as(values)
     keep = mask.to(values.dtype)
     # torch.where and not a product: a masked place may hold NaN.
     rewards = torch.where(mask, rewards, 0.0)
@@ -29,9 +33,24 @@ def generalized_advantages(
     advantages = torch.zeros_like(values)
     running = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
-        running = deltas[:, t] + gamma * lam * running
+        running = deltas[:, t] + gamma[:, t] * lam * running
         advantages[:, t] = running
     return advantages, (advantages + values) * keep
+
+
+def token_discounts(
+    query_of_token: Sequence[Sequence[int]], values: torch.Tensor, gamma: float, line_gamma: float
+) -> torch.Tensor:
+    """gamma_t (B, T) for `values` (B, T): `gamma`, and `line_gamma` times as much after a line break.
+
+    A line break is a token without a query in the rows of `query_of_token`. With `line_gamma` 0 each query of a list is
+    an episode of its own: its tokens answer for it alone, not for those that come after it.
+    """
+    discounts = torch.full_like(values, gamma)
+    for row, lines in zip(discounts, query_of_token, strict=True):
+        breaks = [place for place, line in enumerate(lines) if line == NO_LINE]
+        row[breaks] *= line_gamma
+    return discounts
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, epsilon: float = 1e-8) -> torch.Tensor:

@@ -44,6 +44,9 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
     critic_warmup_steps: int = option(5, "First steps in which the critic alone learns.")
 
     gamma: float = option(1.0, "Discount.")
+    line_gamma: float = option(
+        1.0, "Further discount across a line break; 0: each query of a list is an episode of its own."
+    )
     lam: float = option(0.95, "Lambda of generalised advantage estimation.")
     clip_range: float = option(0.2, "PPO's epsilon for the policy.")
     clip_range_high: float = option(0.0, "Epsilon above 1 (clip-higher, DAPO: 0.28); 0: the same as clip_range.")
@@ -123,6 +126,9 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
         for name in ("kl_coef", "clip_range_high", "entropy_coef", "kl_target", "sentence_coef"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name} must not be negative, but is {getattr(self, name)}")
+        for name in ("gamma", "line_gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"--{name} must lie between 0 and 1, not {getattr(self, name)}")
         if self.monitor_margin > 0 and not self.monitor:
             raise InputError("--monitor_margin needs --monitor: without a judge there is nothing to compare with")
         if self.reward_from == "monitor" and not self.monitor:

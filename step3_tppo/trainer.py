@@ -16,7 +16,7 @@ from common.engine import checkpoint, distributed
 from common.errors import TrainingDiverged
 from common.models.sequences import TokenScores, response_scores
 from common.tracking import Tracker, progress
-from step3_tppo.advantages import generalized_advantages, whiten
+from step3_tppo.advantages import generalized_advantages, token_discounts, whiten
 from step3_tppo.config import Step3Config
 from step3_tppo.kl_control import KLController
 from step3_tppo.losses import kl_estimate, policy_loss, token_denominator, value_loss
@@ -110,7 +110,9 @@ class TPPOTrainer:
             kl = kl_estimate(rollout.old_logprobs, rollout.reference_logprobs, mask, config.kl_estimator)
             kl_penalty = -beta * kl
         rewards = config.reward_scale * self._normalise(rollout.rewards, mask) + kl_penalty
-        advantages, returns = generalized_advantages(rewards, rollout.values, mask, config.gamma, config.lam)
+        lines = [part.query_of_token for part in rollout.parts]
+        discounts = token_discounts(lines, rollout.values, config.gamma, config.line_gamma)
+        advantages, returns = generalized_advantages(rewards, rollout.values, mask, discounts, config.lam)
         scalars = rollout_metrics(rollout, returns, advantages, kl_penalty, config.num_queries)
         scalars["kl/coef"] = beta
         if self._monitor is not None:

@@ -28,8 +28,13 @@ SAMPLES = 3  # sampled responses to each user that a system is measured by
 # TPPO's own design: the weight of a query's score at its end, beside the words' scores.
 SENTENCE_COEF = 2.0
 
-# Short credit: a token answers for what follows it soon. An end-of-response reward would not reach the first tokens.
-CREDIT = {"long": {"gamma": 1.0, "lam": 0.95}, "short": {"gamma": 0.9, "lam": 0.7}}
+# What a token answers for: all that follows it, what follows it soon, or its own query. Only the first lets a reward at
+# the end of the response reach the first query.
+CREDIT = {
+    "long": {"gamma": 1.0, "lam": 0.95},
+    "short": {"gamma": 0.9, "lam": 0.7},
+    "query": {"gamma": 1.0, "lam": 0.95, "line_gamma": 0.0},
+}
 # Four updates of 16 responses a rollout: with one update the critic stayed worse than no critic for a third of the run.
 MINI_BATCH = 16
 PPO_CENTRE = {"actor_learning_rate": 1.5e-4, "kl_coef": 0.08, "reward_scale": 1.0, "credit": "long"}
@@ -42,6 +47,8 @@ PPO_SEARCH: tuple[dict[str, float | str], ...] = (
     {"credit": "short", "reward_scale": 2.0},
     {"reward_scale": 3.0},
     {"credit": "short", "reward_scale": 3.0},
+    {"credit": "query"},
+    {"credit": "query", "actor_learning_rate": 7.5e-5},
 )
 DPO_CENTRE = {"learning_rate": 3e-5, "beta": 0.1}
 DPO_SEARCH: tuple[dict[str, float], ...] = ({}, {"learning_rate": 1e-5}, {"learning_rate": 1e-4}, {"beta": 0.3})
@@ -65,8 +72,9 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "centred": {"normalise_rewards": "false"},
     "sentence_0": {"sentence_coef": "0"},
     "sentence_1": {"sentence_coef": "1"},
-    "credit_long": {"gamma": "1", "lam": "0.95"},
-    "credit_short": {"gamma": "0.9", "lam": "0.7"},
+    "credit_long": {"gamma": "1", "lam": "0.95", "line_gamma": "1"},
+    "credit_short": {"gamma": "0.9", "lam": "0.7", "line_gamma": "1"},
+    "credit_query": {"gamma": "1", "lam": "0.95", "line_gamma": "0"},
     "critic_sft": {"critic_path": ""},
     "kl_loss_k2": {"kl_in": "loss", "kl_estimator": "k2"},
     "kl_loss_k3": {"kl_in": "loss", "kl_estimator": "k3"},

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step3_tppo.advantages import generalized_advantages, whiten
+from common.alignment import NO_LINE
+from step3_tppo.advantages import generalized_advantages, token_discounts, whiten
 from tests.distributed.ranks import run_on_ranks
 
 
@@ -62,6 +63,27 @@ def test_lambda_one_is_the_return_minus_the_value() -> None:
     discounted = [1 + 0.5 * 2 + 0.25 * 4, 2 + 0.5 * 4, 4.0]
     assert returns.tolist() == [discounted]
     assert advantages.tolist() == [[discounted[0] - 0.5, discounted[1] - 1.0, discounted[2] - 3.0]]
+
+
+def test_with_line_gamma_zero_each_query_is_an_episode_of_its_own() -> None:
+    """A response of three lines (the last token, EOS, belongs to none) against its lines one by one."""
+    rewards, values, _ = random_batch(7, rows=1)
+    lines = [0, 0, NO_LINE, 1, NO_LINE, 2, 2, 2, NO_LINE]
+    mask = torch.ones_like(rewards, dtype=torch.bool)
+    discounts = token_discounts([lines], values, 0.9, 0.0)
+    assert discounts.tolist() == [[0.9, 0.9, 0, 0.9, 0, 0.9, 0.9, 0.9, 0]]
+    advantages, returns = generalized_advantages(rewards, values, mask, discounts, 0.8)
+    for first, end in ((0, 3), (3, 5), (5, 9)):
+        wanted = gae_by_definition(rewards[0, first:end].tolist(), values[0, first:end].tolist(), 0.9, 0.8)
+        assert advantages[0, first:end].tolist() == pytest.approx(wanted[0], abs=1e-12)
+        assert returns[0, first:end].tolist() == pytest.approx(wanted[1], abs=1e-12)
+
+
+def test_line_gamma_one_changes_nothing() -> None:
+    rewards, values, mask = random_batch(8)
+    discounts = token_discounts([[0, NO_LINE, 1]] * len(values), values, 0.9, 1.0)
+    plain = generalized_advantages(rewards, values, mask, 0.9, 0.8)
+    assert all(map(torch.equal, generalized_advantages(rewards, values, mask, discounts, 0.8), plain))
 
 
 @pytest.mark.parametrize("poison", [1e6, float("nan"), float("inf")])

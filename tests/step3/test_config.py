@@ -28,6 +28,7 @@ def test_good_settings_and_their_accumulation_steps() -> None:
         ({"mini_batch_size": 12}, 2, "mini_batch_size is 12, which micro_batch_size x the number of ranks (8)"),
         ({"mini_batch_size": 24}, 2, "rollout_batch_size x samples_per_prompt is 32, which mini_batch_size (24)"),
         ({"temperature": 0.0}, 2, "--temperature must be positive"),
+        ({"line_gamma": -0.5}, 2, "--line_gamma must lie between 0 and 1"),
         ({"reward_from": "monitor"}, 2, "--reward_from monitor needs --monitor"),
         ({}, 3, "the number of ranks (3) does not divide"),
     ],
