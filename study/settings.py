@@ -53,7 +53,7 @@ PPO_SEARCH: tuple[dict[str, float | str], ...] = (
 DPO_CENTRE = {"learning_rate": 3e-5, "beta": 0.1}
 DPO_SEARCH: tuple[dict[str, float], ...] = ({}, {"learning_rate": 1e-5}, {"learning_rate": 1e-4}, {"beta": 0.3})
 # A setting that drifts further on development users, in nats a response, is not chosen.
-MAX_KL = 4.0
+MAX_KL = 3.0
 SEARCH_SEED = 0
 
 LABEL_BUDGETS = (150, 500, 1500)
