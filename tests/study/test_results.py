@@ -18,7 +18,7 @@ from study.jobs import Job
 from study.records import Records, pack, unpack
 from study.report import write_results
 from study.search import choose
-from study.settings import COMPARED, CONTROLS, DPO_SEARCH, PPO_SEARCH, PPO_SYSTEMS, SYSTEMS
+from study.settings import COMPARED, CONTROLS, DPO_SEARCH, MAX_KL, PPO_SEARCH, PPO_SYSTEMS, SYSTEMS
 
 
 def _judged(relevant: list[int], recall: list[float | None]) -> dict:
@@ -122,7 +122,7 @@ def test_the_search_takes_the_best_within_the_kl(tmp_path: Path) -> None:
     for arm in COMPARED:
         for number in range(len(PPO_SEARCH)):
             # Point 2 is best and drifts too far; 1 is best of the others.
-            relevant, kl = {1: ([2, 1], 3.9), 2: ([2, 2], 4.1)}.get(number, ([1, 1], 3.0))
+            relevant, kl = {1: ([2, 1], MAX_KL - 0.1), 2: ([2, 2], MAX_KL + 0.1)}.get(number, ([1, 1], 1.0))
             _write(tmp_path, records, f"search/s0/{arm}-{number}", _measure(relevant, kl))
     for number in range(len(DPO_SEARCH)):
         _write(tmp_path, records, f"search/s0/dpo-{number}", _measure([1, 1], 7.0 + number))
