@@ -25,7 +25,8 @@ from common.data.records import Example
 from common.engine import distributed
 from common.errors import InputError, run_command
 from common.files import claim_output_dir, read_jsonl, write_jsonl
-from common.models.generate import Generated, generate_responses
+from common.generation.generate import Generated, generate_responses
+from common.generation.sampling import Sampling
 from common.models.loading import check_lengths, check_vocabulary, load_causal_lm, load_model_config, load_tokenizer
 from common.tracking import progress
 from step2_token_reward.corruptions import corrupt
@@ -57,7 +58,7 @@ class SampleConfig(ModelOptions):
     )
     max_train_examples: int = option(0, "Take this many train examples, drawn at random; 0 takes all.")
     max_dev_examples: int = option(0, "Take this many dev examples, drawn at random; 0 takes all.")
-    batch_size: int = option(32, "Prompts a rank and a batch.")
+    batch_size: int = option(32, "Responses a rank decodes at once.")
 
 
 def main() -> None:
@@ -140,10 +141,11 @@ def sample_part(
     # Every part has its own seed, so that neither the number of ranks nor a restart changes what is drawn.
     seed = config.seed * 1_000_003 + number
     rng = random.Random(seed)
-    prompts = [builder.ids(example.history) for example in examples for _ in range(config.samples_per_prompt)]
-    responses = generate_responses(
-        model, builder.tokenizer, prompts, config.max_response_tokens, config.temperature, seed, config.batch_size
+    sampling = Sampling(
+        config.max_response_tokens, config.temperature, samples=config.samples_per_prompt, seed=seed
     )
+    prompts = [builder.ids(example.history) for example in examples]
+    responses = generate_responses(model, builder.tokenizer, prompts, sampling, config.batch_size)
     rows = []
     for place, example in enumerate(examples):
         own = responses[place * config.samples_per_prompt : (place + 1) * config.samples_per_prompt]

@@ -28,7 +28,18 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
     samples_per_prompt: int = option(1, "Responses sampled for each prompt.")
     mini_batch_size: int = option(32, "Responses an optimiser step, over all ranks.")
     micro_batch_size: int = option(8, "Responses a forward and backward pass, on each rank.")
+    micro_batch_tokens: int = option(
+        0, "Tokens a forward and backward pass, prompts and padding included, in place of micro_batch_size; 0: off."
+    )
     scoring_batch_size: int = option(32, "Responses a pass without gradients, on each rank.")
+    scoring_batch_tokens: int = option(
+        0, "As micro_batch_tokens, for a pass without gradients, which needs far less memory."
+    )
+    decode_rows: int = option(0, "Responses decoded at once, on each rank; 0: all of its rollout.")
+    packed: str = option(
+        "auto", "Rows of a pass one behind the other, without padding; auto: where flash attention skips the rest.",
+        choices=["auto", "true", "false"],
+    )
     ppo_epochs: int = option(1, "Passes over each rollout.")
     temperature: float = option(1.0, "Sampling temperature; log-probs are those of the same distribution.")
 
@@ -103,8 +114,14 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
     )
 
     hybrid_weights: str = option(
-        "gathered", "Weights during rollout under ZeRO-3: gathered (fast) or sharded (little memory).",
-        choices=["gathered", "sharded"],
+        "auto", "Weights during rollout under ZeRO-3: gathered (fast), sharded (little memory), or what memory allows.",
+        choices=["auto", "gathered", "sharded"],
+    )
+    offload_states: bool = option(False, "Optimisers' states rest in host memory during rollout.")
+    old_logprobs: str = option(
+        "recomputed", "PPO's old log-probs: by a pass like the training's, or those of sampling, which saves that pass "
+        "and differs by rollout/mismatch_* (TensorBoard).",
+        choices=["recomputed", "sampled"],
     )
     save_steps: int = option(50, "Checkpoint every so many steps, and at the end.")
     keep_checkpoints: int = option(2, "Newest checkpoints to keep.")
@@ -123,7 +140,11 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
         for name in positive:
             if getattr(self, name) <= 0:
                 raise InputError(f"--{name} must be positive, not {getattr(self, name)}")
-        for name in ("kl_coef", "clip_range_high", "entropy_coef", "kl_target", "sentence_coef"):
+        not_negative = (
+            "kl_coef", "clip_range_high", "entropy_coef", "kl_target", "sentence_coef", "decode_rows",
+            "micro_batch_tokens", "scoring_batch_tokens",
+        )
+        for name in not_negative:
             if getattr(self, name) < 0:
                 raise InputError(f"--{name} must not be negative, but is {getattr(self, name)}")
         for name in ("gamma", "line_gamma", "lam"):
@@ -135,17 +156,14 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
             raise InputError("--reward_from monitor needs --monitor: it says which annotator gives the scores")
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise InputError("--kl_in loss needs --kl_estimator k2 or k3: k1 as a loss has no gradient in expectation")
+        if self.offload_states and self.offload != "none":
+            raise InputError("--offload_states has nothing to move: with --offload states rest in host memory anyway")
         if 0 < self.dual_clip <= 1:
             raise InputError(f"--dual_clip must be above 1, or 0 for none, not {self.dual_clip}")
         _check_divides("rollout_batch_size", self.rollout_batch_size, world_size, "the number of ranks")
-        per_step = self.micro_batch_size * world_size
-        _check_divides("mini_batch_size", self.mini_batch_size, per_step, "micro_batch_size x the number of ranks")
+        _check_divides("mini_batch_size", self.mini_batch_size, world_size, "the number of ranks")
         responses = self.rollout_batch_size * self.samples_per_prompt
         _check_divides("rollout_batch_size x samples_per_prompt", responses, self.mini_batch_size, "mini_batch_size")
-
-    def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches an optimiser step, on each rank."""
-        return self.mini_batch_size // (self.micro_batch_size * world_size)
 
 
 def _check_divides(name: str, value: int, divisor: int, divisor_name: str) -> None:

@@ -34,14 +34,13 @@ class ValueLoss(NamedTuple):
     clipped: torch.Tensor
 
 
-def token_denominator(mask: torch.Tensor, accumulation_steps: int) -> torch.Tensor:
+def token_denominator(mask: torch.Tensor) -> torch.Tensor:
     """What to divide each micro-batch's sum by, given this rank's mask of the **whole optimiser step** (any shape).
 
-    DeepSpeed divides each loss by the accumulation steps and averages gradients over ranks; both are multiplied out
-    here, so that what is optimised is the sum over all tokens divided by their number on all ranks.
+    DeepSpeed averages gradients over ranks; that is multiplied out here, so that what is optimised is the sum over all
+    tokens divided by their number on all ranks, in however many micro-batches (`common.engine.accumulation`).
     """
-    tokens = sum_over_ranks(mask.sum().double()).clamp(min=1.0)
-    return tokens / (accumulation_steps * world_size())
+    return sum_over_ranks(mask.sum().double()).clamp(min=1.0) / world_size()
 
 
 def policy_loss(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -15,20 +16,25 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from common.engine import distributed
 from common.engine.deepspeed_config import inference_config, training_config
 from common.engine.hybrid import HybridEngine
+from common.engine.memory import cache_bytes, free_bytes, gathered_bytes, weights_that_fit
 from common.models.loading import apply_lora, check_lengths, check_vocabulary, load_causal_lm
+from common.models.sequences import ScoringWay
 from common.models.token_reward import TokenRewardModel, load_token_reward_scorer
+from common.models.token_scores import VOCABULARY_PIECE, gives_logits_of_its_head
 from common.models.value_model import load_value_model
 from step3_tppo.config import Step3Config
 
 
 class Models(NamedTuple):
-    """Engines that can step into inference. `reference` is None with LoRA: the actor without adapters is it."""
+    """Engines that can step into inference. `reference` is None with LoRA: the actor without adapters is it. `way` is
+    how response tokens are scored."""
 
     actor: HybridEngine
     reference: HybridEngine | None
     critic: HybridEngine
     reward: HybridEngine
     scorer: TokenRewardModel
+    way: ScoringWay
 
 
 def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Models:
@@ -37,7 +43,6 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
     training = training_config(
         config,
         micro_batch_size=config.micro_batch_size,
-        accumulation_steps=config.accumulation_steps(world_size),
         world_size=world_size,
         max_grad_norm=config.max_grad_norm,
     )
@@ -48,21 +53,25 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
     check_vocabulary(actor, tokenizer)
     if config.lora_r > 0:
         actor = apply_lora(actor, config)
-    critic = _load(training, lambda: load_value_model(config.critic_path or config.actor_path, config))
+    packed = config.packed == "true" or (config.packed == "auto" and config.attn_implementation == "flash_attention_2")
+    critic = _load(training, lambda: load_value_model(config.critic_path or config.actor_path, config, packed))
     if config.gradient_checkpointing:
         actor.gradient_checkpointing_enable()
         critic.gradient_checkpointing_enable()
     reference = None
     if config.lora_r == 0:
-        reference = _frozen(_load(frozen, lambda: load_causal_lm(config.actor_path, config)), frozen, config)
+        reference = _frozen(_load(frozen, lambda: load_causal_lm(config.actor_path, config)), frozen)
     scorer = _load(frozen, lambda: load_token_reward_scorer(config.reward_path, config))
-    return Models(
+    models = Models(
         actor=_trained(actor, config.actor_learning_rate, training, config),
         reference=reference,
         critic=_trained(critic, config.critic_learning_rate, training, config),
-        reward=_frozen(scorer.module, frozen, config),
+        reward=_frozen(scorer.module, frozen),
         scorer=scorer,
+        way=ScoringWay(packed),
     )
+    _choose_weights(models, config)
+    return models._replace(way=ScoringWay(packed, in_pieces=_scores_in_pieces(models.actor)))
 
 
 def _load(config: dict[str, Any], load: Callable[[], Any]) -> Any:
@@ -94,10 +103,37 @@ def _trained(module: nn.Module, learning_rate: float, ds_config: dict[str, Any],
         parameters, lr=learning_rate, betas=(0.9, 0.95), eps=config.adam_epsilon, weight_decay=config.weight_decay
     )
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
-    return HybridEngine(engine, config.hybrid_weights)
+    return HybridEngine(engine)
 
 
-def _frozen(module: nn.Module, ds_config: dict[str, Any], config: Step3Config) -> HybridEngine:
+def _frozen(module: nn.Module, ds_config: dict[str, Any]) -> HybridEngine:
     module.requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=module, config=ds_config)
-    return HybridEngine(engine, config.hybrid_weights)
+    return HybridEngine(engine)
+
+
+def _choose_weights(models: Models, config: Step3Config) -> None:
+    """How all models see sharded weights outside training: as `--hybrid_weights` says, or as the largest one fits."""
+    hybrids = [hybrid for hybrid in (models.actor, models.reference, models.critic, models.reward) if hybrid]
+    mode = config.hybrid_weights
+    needed = max(gathered_bytes(hybrid.engine) for hybrid in hybrids)
+    if mode == "auto" and needed:
+        model = models.actor.module
+        rows = config.rollout_batch_size * config.samples_per_prompt // distributed.world_size()
+        cache = cache_bytes(
+            model.config.get_text_config(), config.decode_rows or rows,
+            config.max_prompt_tokens + config.max_response_tokens, model.dtype,
+        )  # fmt: skip
+        mode, reason = weights_that_fit(needed, cache, free_bytes(model.device))
+        distributed.on_main_first(lambda: print(reason, flush=True))
+    for hybrid in hybrids:
+        hybrid.weights = "gathered" if mode == "auto" else mode
+
+
+def _scores_in_pieces(actor: HybridEngine) -> bool:
+    """Whether full logits are worth avoiding and the model lets them be."""
+    inner = actor.module.get_base_model() if isinstance(actor.module, PeftModel) else actor.module
+    if inner.config.get_text_config().vocab_size <= VOCABULARY_PIECE:
+        return False
+    with actor.inference():
+        return gives_logits_of_its_head(inner)

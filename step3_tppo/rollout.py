@@ -11,9 +11,11 @@ import torch
 from common.alignment import DecodedTokens, TokenDecoder
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
+from common.engine.accumulation import micro_batches
 from common.evaluation.summary import score_rows
 from common.feedback.annotator import Annotator
-from common.models.generate import Generated, generate_responses
+from common.generation.generate import Generated
+from common.generation.sampling import Sampling
 from common.models.sequences import SequenceBatch, TokenScores, pad_sequences, response_scores, score_in_blocks
 from step3_tppo.config import Step3Config
 from step3_tppo.losses import k1_kl
@@ -25,7 +27,9 @@ from step3_tppo.rewards import MAX_WORD_SCORE, RewardOptions, TokenRewards, toke
 class Rollout:
     """What one rank sampled in a step and what the models say of it; tensors are (B, T) over response tokens.
 
-    `word_scores` are the reward model's, `rewards` is the sum of the parts of `parts`, without KL.
+    `word_scores` are the reward model's, `rewards` is the sum of the parts of `parts`, without KL. `checked` are the
+    tokens whose log-probs were computed again by a pass like the training's: all of them, or one block's when the old
+    log-probs are those of sampling; there stand `mismatch`, by how much the two differ, and the policy's `entropy`.
     """
 
     examples: list[Example]
@@ -36,6 +40,8 @@ class Rollout:
     batch: SequenceBatch
     old_logprobs: torch.Tensor
     reference_logprobs: torch.Tensor
+    checked: torch.Tensor
+    mismatch: torch.Tensor
     entropy: torch.Tensor
     kl: torch.Tensor
     values: torch.Tensor
@@ -69,66 +75,68 @@ class RolloutMaker:
 
     def __call__(self, examples: Sequence[Example], seed: int) -> Rollout:
         """Sample `samples_per_prompt` responses for each of this rank's `examples`; `seed` differs between ranks."""
-        clock = _Clock()
-        examples = [example for example in examples for _ in range(self._config.samples_per_prompt)]
+        clock, config = _Clock(), self._config
         prompts = [self._prompts.ids(example.history) for example in examples]
+        examples = [example for example in examples for _ in range(config.samples_per_prompt)]
+        sampling = Sampling(
+            config.max_response_tokens, config.temperature, samples=config.samples_per_prompt, seed=seed
+        )
         with self._models.actor.inference() as actor:
             clock.lap("switch")
-            generated = generate_responses(
-                actor,
-                self._tokenizer,
-                prompts,
-                max_new_tokens=self._config.max_response_tokens,
-                temperature=self._config.temperature,
-                seed=seed,
-                batch_size=len(prompts),
-                synced=self._models.actor.needs_synced_generation,
+            generated = self._models.actor.generate(
+                self._tokenizer, prompts, sampling, rows=config.decode_rows or len(examples)
             )
             clock.lap("generate")
             responses = [response.ids for response in generated]
+            prompts = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
             batch = pad_sequences(prompts, responses, self._tokenizer.pad_token_id, self._device)
-            old = self._scores(actor, batch)
+            rows = torch.arange(len(responses), device=self._device)
+            blocks = micro_batches(batch, rows, config.scoring_batch_size, config.scoring_batch_tokens)
+            checked = blocks if config.old_logprobs == "recomputed" else blocks[:1]
+            again = self._scores(actor, batch, checked)
             reference = None
             if self._models.reference is None:
                 with actor.disable_adapter():
-                    reference = self._scores(actor, batch)
+                    reference = self._scores(actor, batch, blocks)
             clock.lap("actor_scoring")
         clock.lap("switch")
         if reference is None:
             with self._models.reference.inference() as module:
-                reference = self._scores(module, batch)
+                reference = self._scores(module, batch, blocks)
         with self._models.critic.inference() as module:
-            (values,) = score_in_blocks(batch, self._config.scoring_batch_size, lambda block: (module(block),))
+            (values,) = score_in_blocks(batch, blocks, lambda block: (module(block),))
         clock.lap("reference_critic_scoring")
         decoded = [self._decoder(ids) for ids in responses]
         words, queries = (self._judged if self._judge else self._reward_scores)(examples, generated)
         rows = zip(decoded, words, queries, generated, strict=True)
         parts = [token_rewards(text, *scores, response.finished, self._rewards) for text, *scores, response in rows]
         clock.lap("reward_scoring")
+        sampled = _padded([response.logprobs for response in generated], batch.response_mask)
+        checked_mask = torch.zeros_like(batch.response_mask)
+        checked_mask[torch.cat(checked)] = batch.response_mask[torch.cat(checked)]
+        old_logprobs = again.logprobs if config.old_logprobs == "recomputed" else sampled
         return Rollout(
-            examples=list(examples),
+            examples=examples,
             generated=generated,
             decoded=decoded,
             word_scores=words,
             parts=parts,
             batch=batch,
-            old_logprobs=old.logprobs,
+            old_logprobs=old_logprobs,
             reference_logprobs=reference.logprobs,
-            entropy=old.entropy,
-            kl=k1_kl(old.logprobs, reference.logprobs, batch.response_mask),
+            checked=checked_mask,
+            mismatch=torch.where(checked_mask, (sampled - again.logprobs).abs(), 0.0),
+            entropy=again.entropy,
+            kl=k1_kl(old_logprobs, reference.logprobs, batch.response_mask),
             values=values,
             rewards=_padded([part.total for part in parts], batch.response_mask),
             seconds=clock.seconds,
         )
 
-    def _scores(self, module: torch.nn.Module, batch: SequenceBatch) -> TokenScores:
-        config = self._config
+    def _scores(self, module: torch.nn.Module, batch: SequenceBatch, blocks: list[torch.Tensor]) -> TokenScores:
+        temperature, way = self._config.temperature, self._models.way
         return TokenScores(
-            *score_in_blocks(
-                batch,
-                config.scoring_batch_size,
-                lambda block: response_scores(module, module, block, config.temperature),
-            )
+            *score_in_blocks(batch, blocks, lambda block: response_scores(module, module, block, temperature, way))
         )
 
     def _reward_scores(
@@ -147,7 +155,6 @@ class RolloutMaker:
                 words += scores.words
                 queries += scores.queries
         return words, queries
-
 
     def _judged(
         self, examples: Sequence[Example], generated: Sequence[Generated]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ import torch
 
 from common.data.records import Example
 from common.engine import checkpoint, distributed
+from common.engine.accumulation import accumulate, micro_batches
+from common.engine.offload import resting_optimizers
 from common.errors import TrainingDiverged
 from common.models.sequences import TokenScores, response_scores
 from common.tracking import Tracker, progress
@@ -102,7 +105,8 @@ class TPPOTrainer:
     def _step(self, step: int) -> StepResult:
         """One rollout and its updates; returns what to log."""
         config = self._config
-        rollout = self._make_rollout(self._examples_of(step), seed=self._seed(step, distributed.rank()))
+        with resting_optimizers(*self._engines().values()) if config.offload_states else nullcontext():
+            rollout = self._make_rollout(self._examples_of(step), seed=self._seed(step, distributed.rank()))
         mask = rollout.batch.response_mask
         beta = self._kl.coef
         kl_penalty = torch.zeros_like(rollout.rewards)
@@ -161,14 +165,17 @@ class TPPOTrainer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One update of critic and actor from this rank's `rows`; sums in the order of `UPDATE_SUMS`, largest ratio."""
         config = self._config
-        micro_batches = rollout.batch.by_length(rows.to(self._device), config.micro_batch_size)
-        tokens = token_denominator(rollout.batch.response_mask[rows], len(micro_batches))
+        blocks = micro_batches(
+            rollout.batch, rows.to(self._device), config.micro_batch_size, config.micro_batch_tokens
+        )
+        tokens = token_denominator(rollout.batch.response_mask[rows])
         sums = dict.fromkeys(UPDATE_SUMS, torch.zeros((), dtype=torch.float64, device=self._device))
         sums["steps"] = sums["steps"] + 1
         max_ratio = torch.zeros((), device=self._device)
         self._models.actor.module.train()
         self._models.critic.module.train()
-        for micro in micro_batches:
+        for number, micro in enumerate(blocks, start=1):
+            last = number == len(blocks)
             batch = rollout.batch.rows(micro)
             mask = batch.response_mask
             old_values, old_logprobs, reference, micro_advantages, micro_returns = (
@@ -177,15 +184,15 @@ class TPPOTrainer:
             )
             values = self._models.critic.engine(batch)
             critic = value_loss(values, old_values, micro_returns, mask, config.value_clip_range, tokens)
-            self._backward(self._models.critic.engine, critic.loss, step)
+            self._backward(self._models.critic.engine, critic.loss, step, last)
             sums["tokens"] = sums["tokens"] + mask.sum()
-            sums["value_loss"] = sums["value_loss"] + critic.loss.detach() / len(micro_batches)
+            sums["value_loss"] = sums["value_loss"] + critic.loss.detach()
             sums["value_clipped"] = sums["value_clipped"] + critic.clipped
             if step < config.critic_warmup_steps:
                 continue
             actor = self._models.actor
             scores = response_scores(
-                actor.engine, actor.module, batch, config.temperature, entropy_gradient=config.entropy_coef > 0
+                actor.engine, actor.module, batch, config.temperature, self._models.way, config.entropy_coef > 0
             )
             policy = policy_loss(
                 scores.logprobs,
@@ -197,8 +204,8 @@ class TPPOTrainer:
                 config.clip_range_high,
                 config.dual_clip,
             )
-            self._backward(actor.engine, policy.loss + self._regulariser(scores, reference, mask, tokens), step)
-            sums["policy_loss"] = sums["policy_loss"] + policy.loss.detach() / len(micro_batches)
+            self._backward(actor.engine, policy.loss + self._regulariser(scores, reference, mask, tokens), step, last)
+            sums["policy_loss"] = sums["policy_loss"] + policy.loss.detach()
             sums["policy_clipped"] = sums["policy_clipped"] + policy.clipped
             sums["approx_kl"] = sums["approx_kl"] + policy.approx_kl
             max_ratio = torch.maximum(max_ratio, policy.max_ratio)
@@ -216,12 +223,11 @@ class TPPOTrainer:
             term = term - self._config.entropy_coef * torch.where(mask, scores.entropy, 0.0).sum() / tokens
         return term
 
-    def _backward(self, engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor, step: int) -> None:
-        """Backward pass and, at the end of the accumulation, the optimiser's step. Raises `TrainingDiverged`."""
+    def _backward(self, engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor, step: int, last: bool) -> None:
+        """Backward pass and, with the last micro-batch, the optimiser's step. Raises `TrainingDiverged`."""
         # Before the gradients meet those of other ranks: a NaN must be seen where it arose, and by all ranks.
         _check_finite(loss.detach(), step, "a loss")
-        engine.backward(loss)
-        engine.step()
+        accumulate(engine, loss, last)
 
     def _examples_of(self, step: int) -> list[Example]:
         """This rank's share of the prompts of `step`: epochs over all examples, each in its own random order."""

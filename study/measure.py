@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.errors import InputError, run_command
 from common.evaluation import metrics
-from common.evaluation.generate import generate_rows, load_generator
+from common.evaluation.generate import generate_rows, load_generator, repeated
 from common.evaluation.summary import MEASURES, Row, measure_table, score_rows
 from common.feedback.annotator import normalised_words
 from common.feedback.load import load_annotator
@@ -61,12 +61,12 @@ def main() -> None:
     if not config.output or not config.data_dir or bool(config.model) == bool(config.control):
         raise InputError("--output, --data_dir and one of --model and --control are needed")
     examples = load_examples(config.data_dir, config.split)[: config.max_examples or None]
-    asked = {"sampled": [example for example in examples for _ in range(config.samples)], "greedy": examples}
+    asked = {"sampled": repeated(examples, config.samples), "greedy": examples}
     if config.control:
         responses = {"greedy": control_rows(config, examples)}
         kl = None
     else:
-        responses, kl = model_rows(config, asked)
+        responses, kl = model_rows(config, examples)
     judges = {"lexical": load_annotator("lexical")}
     if config.truth:
         judges = {"simulated": load_annotator("simulated", truth_path=config.truth), **judges}
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def model_rows(
-    config: MeasureConfig, asked: Mapping[str, Sequence[Example]]
+    config: MeasureConfig, examples: Sequence[Example]
 ) -> tuple[dict[str, list[Row]], float | None]:
     """The model's rows for the examples of each decoding, and its KL to the reference on the sampled ones."""
     model, tokenizer = load_generator(config.model, config)
@@ -105,14 +105,14 @@ def model_rows(
     rows = {
         decoding: generate_rows(
             model, tokenizer, builder, examples, decoding=decoding, temperature=config.temperature,
-            max_new_tokens=config.max_response_tokens, batch_size=config.batch_size, seed=config.seed,
+            max_new_tokens=config.max_response_tokens, batch_size=config.batch_size, seed=config.seed, samples=samples,
         )
-        for decoding, examples in asked.items()
+        for decoding, samples in (("sampled", config.samples), ("greedy", 1))
     }  # fmt: skip
     if not config.reference:
         return rows, None
     reference = load_causal_lm(config.reference, config).to(model.device).eval()
-    prompts = [builder.ids(example.history) for example in asked["sampled"]]
+    prompts = [builder.ids(example.history) for example in repeated(examples, config.samples)]
     responses = [
         [*tokenizer(row["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         for row in rows["sampled"]

@@ -43,8 +43,8 @@ def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
 
 
 def zero_engine(
-    model: torch.nn.Module, stage: int = 3, micro_batch_size: int = 2, accumulation_steps: int = 1,
-    learning_rate: float = 1e-2, max_grad_norm: float = 0.0,
+    model: torch.nn.Module, stage: int = 3, micro_batch_size: int = 2, learning_rate: float = 1e-2,
+    max_grad_norm: float = 0.0,
 ) -> deepspeed.DeepSpeedEngine:
     """A DeepSpeed engine over the process group at hand; ZeRO-3 shards all but the smallest tensors."""
     world_size = torch.distributed.get_world_size()
@@ -52,9 +52,9 @@ def zero_engine(
         model=model,
         optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate),
         config={
-            "train_batch_size": micro_batch_size * accumulation_steps * world_size,
+            "train_batch_size": micro_batch_size * world_size,
             "train_micro_batch_size_per_gpu": micro_batch_size,
-            "gradient_accumulation_steps": accumulation_steps,
+            "gradient_accumulation_steps": 1,
             "gradient_clipping": max_grad_norm,
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100},
             "steps_per_print": 1_000_000_000,

@@ -30,14 +30,18 @@ def trainer_deepspeed_config(options: EngineOptions) -> dict[str, Any]:
 
 
 def training_config(
-    options: EngineOptions, *, micro_batch_size: int, accumulation_steps: int, world_size: int, max_grad_norm: float
+    options: EngineOptions, *, micro_batch_size: int, world_size: int, max_grad_norm: float
 ) -> dict[str, Any]:
-    """Settings for an engine that trains; batch sizes are in sequences and are always ours."""
+    """Settings for an engine that trains; batch sizes are in sequences and are always ours.
+
+    Accumulation is not DeepSpeed's to count: an optimiser step has as many micro-batches as its tokens need, see
+    `common.engine.accumulation`.
+    """
     base = _read(options.deepspeed_config) if options.deepspeed_config else _common(options)
     return base | {
-        "train_batch_size": micro_batch_size * accumulation_steps * world_size,
+        "train_batch_size": micro_batch_size * world_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
     }
 

@@ -14,16 +14,20 @@ is not used.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-WeightMode = Literal["gathered", "sharded"]
+from common.engine.adapters import merged_adapters
+from common.engine.memory import WeightMode
+from common.generation.generate import Generated, generate_responses
+from common.generation.sampling import Sampling
 
 
 class HybridEngine:
@@ -45,8 +49,8 @@ class HybridEngine:
         return self.engine.module
 
     @property
-    def needs_synced_generation(self) -> bool:
-        """Whether ranks must go on generating until the last one has finished."""
+    def is_sharded_in_inference(self) -> bool:
+        """Whether weights are gathered layer by layer, so that all ranks must make the same number of passes."""
         return self.engine.zero_optimization_partition_weights() and self.weights == "sharded"
 
     @contextmanager
@@ -61,7 +65,7 @@ class HybridEngine:
         self._inside = True
         try:
             with ExitStack() as stack:
-                if self.engine.zero_optimization_partition_weights() and self.weights == "gathered":
+                if self.engine.zero_optimization_partition_weights() and not self.is_sharded_in_inference:
                     stack.enter_context(gathered_without_hooks(self.engine))
                 stack.enter_context(torch.no_grad())
                 self.module.eval()
@@ -69,6 +73,23 @@ class HybridEngine:
         finally:
             self.module.train(was_training)
             self._inside = False
+
+    def generate(
+        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: int
+    ) -> list[Generated]:
+        """This rank's responses to its `prompts`, see `generate_responses`; call it inside `inference()`.
+
+        Adapters are merged meanwhile, unless weights are sharded. Ranks may have different prompts, and as many as they
+        like; all must call it. Raises `RuntimeError` outside `inference()`.
+        """
+        if not self._inside:
+            raise RuntimeError("HybridEngine.generate() needs inference() around it")
+        with ExitStack() as stack:
+            if not self.is_sharded_in_inference:
+                stack.enter_context(merged_adapters(self.module))
+            return generate_responses(
+                self.module, tokenizer, prompts, sampling, rows, synced=self.is_sharded_in_inference
+            )
 
 
 @contextmanager

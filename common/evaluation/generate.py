@@ -12,7 +12,8 @@ from common.config import ModelOptions
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.errors import InputError
-from common.models.generate import generate_responses
+from common.generation.generate import generate_responses
+from common.generation.sampling import Sampling
 from common.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
 
 Decoding = Literal["sampled", "greedy"]
@@ -42,9 +43,10 @@ def generate_rows(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
+    samples: int = 1,
     progress: str = "",
 ) -> list[dict[str, Any]]:
-    """One row an example, in order: `{"id", "response", "finished", "tokens"}`; `tokens` counts EOS.
+    """`samples` rows an example, in order: `{"id", "response", "finished", "tokens"}`; `tokens` counts EOS.
 
     `sampled` draws from the model's own distribution at `temperature`, `greedy` takes the likeliest token. The same
     seed gives the same rows. Raises `InputError` when a prompt and `max_new_tokens` do not fit the model's positions.
@@ -53,14 +55,17 @@ def generate_rows(
         raise InputError(f"temperature must be above 0 for sampled decoding, not {temperature}; see --decoding greedy")
     prompts = [builder.ids(example.history) for example in examples]
     _check_length(model, max(map(len, prompts), default=0), max_new_tokens)
-    responses = generate_responses(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens,
-        temperature=temperature if decoding == "sampled" else 0.0, seed=seed, batch_size=batch_size, progress=progress,
-    )
+    sampling = Sampling(max_new_tokens, temperature if decoding == "sampled" else 0.0, samples=samples, seed=seed)
+    responses = generate_responses(model, tokenizer, prompts, sampling, batch_size, progress)
     return [
         {"id": example.id, "response": response.text, "finished": response.finished, "tokens": len(response.ids)}
-        for example, response in zip(examples, responses, strict=True)
+        for example, response in zip(repeated(examples, samples), responses, strict=True)
     ]
+
+
+def repeated(examples: Sequence[Example], samples: int) -> list[Example]:
+    """Each example as often as it has responses."""
+    return [example for example in examples for _ in range(samples)]
 
 
 def _check_length(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:

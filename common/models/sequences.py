@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from common.models.token_scores import scoring_head, token_scores_from_hidden, token_scores_from_logits
+
 
 class SequenceBatch(NamedTuple):
     """`input_ids`, `attention_mask` (1 on real tokens) and `position_ids` (B, P + T), `response_mask` (B, T) bool."""
@@ -27,6 +29,13 @@ class SequenceBatch(NamedTuple):
     def response_ids(self) -> torch.Tensor:
         """The response part of `input_ids`, (B, T)."""
         return self.input_ids[:, -self.response_mask.shape[1] :]
+
+    @property
+    def predicting(self) -> torch.Tensor:
+        """Where a response token is predicted: one place before it; (B, P + T) bool."""
+        places = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        places[:, -self.response_mask.shape[1] - 1 : -1] = self.response_mask
+        return places
 
     def rows(self, index: torch.Tensor) -> SequenceBatch:
         """The rows `index` (int64), with padding that all of them share cut off on both sides."""
@@ -42,11 +51,37 @@ class SequenceBatch(NamedTuple):
             picked.response_mask[:, :length],
         )
 
-
     def by_length(self, index: torch.Tensor, size: int) -> list[torch.Tensor]:
         """The rows `index` in blocks of at most `size`, sequences of similar length together: little padding."""
         lengths = self.attention_mask.sum(1)[index]
         return list(index[lengths.argsort(descending=True, stable=True)].split(size))
+
+    def by_tokens(self, index: torch.Tensor, budget: int, blocks: int = 1) -> list[torch.Tensor]:
+        """The rows `index`, longest first, in as few blocks as hold at most `budget` tokens, padding included, but in
+        at least `blocks` (no more than there are rows). A row longer than the budget gets a block of its own."""
+        lengths = self.attention_mask.sum(1)[index]
+        order = lengths.argsort(descending=True, stable=True)
+        sizes: list[int] = []
+        start, sorted_lengths = 0, lengths[order].tolist()
+        while start < len(sorted_lengths):
+            sizes.append(min(max(1, budget // sorted_lengths[start]), len(sorted_lengths) - start))
+            start += sizes[-1]
+        while len(sizes) < blocks:
+            largest = max(range(len(sizes)), key=sizes.__getitem__)
+            sizes[largest : largest + 1] = [sizes[largest] - sizes[largest] // 2, sizes[largest] // 2]
+        return list(index[order].split(sizes))
+
+
+class ScoringWay(NamedTuple):
+    """How response tokens are scored, which changes no score: `packed` into one row without padding, which pays where
+    the attention kernel skips what lies outside a sequence (flash attention); `in_pieces` of the vocabulary, so that
+    full logits never exist (`common.models.token_scores`)."""
+
+    packed: bool = False
+    in_pieces: bool = False
+
+
+PLAIN = ScoringWay()
 
 
 class TokenScores(NamedTuple):
@@ -81,35 +116,46 @@ def response_scores(
     module: nn.Module,
     batch: SequenceBatch,
     temperature: float,
+    way: ScoringWay = PLAIN,
     entropy_gradient: bool = False,
 ) -> TokenScores:
     """Log-probs and entropies of the response tokens under the sampling distribution `softmax(logits / temperature)`.
 
     `forward` is what to call (a DeepSpeed engine, or the module itself), `module` the model behind it, asked what
-    its forward accepts. Softmax in fp32. Gradients flow to the log-probs, and to the entropy if asked to.
+    its forward accepts. Logits are computed where a response token is predicted and nowhere else; softmax in fp32.
+    Gradients flow to the log-probs, and to the entropy if asked to. 0 where masked.
     """
-    length = batch.response_mask.shape[1]
-    arguments = forward_arguments(module, batch)
-    if accepts(module, "logits_to_keep"):
-        arguments["logits_to_keep"] = length + 1
-    logits = forward(**arguments).logits[:, -length - 1 : -1].float() / temperature
-    log_probabilities = logits.log_softmax(-1)
-    chosen = log_probabilities.gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
-    return TokenScores(chosen, entropy)
+    ids = batch.response_ids[batch.response_mask]
+    arguments = forward_arguments(module, batch, way.packed)
+    if way.in_pieces:
+        inner = module.get_base_model() if hasattr(module, "get_base_model") else module
+
+        def score(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return torch.stack(token_scores_from_hidden(hidden, weight, bias, ids, temperature), dim=-1)
+
+        with scoring_head(inner, score):
+            logprobs, entropy = forward(**arguments).logits.unbind(-1)
+        entropy = entropy if entropy_gradient else entropy.detach()
+    else:
+        logits = forward(**arguments).logits
+        logprobs, entropy = token_scores_from_logits(logits, ids, temperature, entropy_gradient)
+    return TokenScores(unflattened(logprobs, batch), unflattened(entropy, batch))
+
+
+def unflattened(values: torch.Tensor, batch: SequenceBatch) -> torch.Tensor:
+    """What was computed at the response tokens, row by row (M,), as (B, T); 0 where masked."""
+    return values.new_zeros(batch.response_mask.shape).masked_scatter(batch.response_mask, values)
 
 
 def score_in_blocks(
-    batch: SequenceBatch, size: int, forward: Callable[[SequenceBatch], Sequence[torch.Tensor]]
+    batch: SequenceBatch, blocks: Sequence[torch.Tensor], forward: Callable[[SequenceBatch], Sequence[torch.Tensor]]
 ) -> list[torch.Tensor]:
     """What `forward` gives for the response tokens of each row: (B, T) tensors, 0 past the width of a row's block.
 
-    Rows of similar length share a block of at most `size`. The number of blocks follows from the number of rows, so it
-    is the same on every rank that holds as many.
+    `blocks` hold the numbers of all rows.
     """
     results: list[torch.Tensor] = []
-    for rows in batch.by_length(torch.arange(len(batch.input_ids), device=batch.input_ids.device), size):
+    for rows in blocks:
         for place, scores in enumerate(forward(batch.rows(rows))):
             if place == len(results):
                 results.append(torch.zeros_like(batch.response_mask, dtype=scores.dtype))
@@ -117,14 +163,35 @@ def score_in_blocks(
     return results
 
 
-def forward_arguments(module: nn.Module, batch: SequenceBatch) -> dict[str, Any]:
-    """Keyword arguments for `module`'s forward: explicit positions where it takes them, no cache."""
-    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+def forward_arguments(module: nn.Module, batch: SequenceBatch, packed: bool = False) -> dict[str, Any]:
+    """Keyword arguments for `module`'s forward: explicit positions where it takes them, no cache; of a model with
+    logits (which takes `logits_to_keep`) those alone that predict a response token, (M, V).
+
+    Packed, all rows stand behind each other in one without any padding, and no mask: where positions begin anew, so
+    does a sequence, which transformers tells the attention kernel.
+    """
+    real = batch.attention_mask.bool()
+
+    def laid_out(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[real].unsqueeze(0) if packed else tensor
+
+    arguments: dict[str, Any] = {"input_ids": laid_out(batch.input_ids)}
+    if not packed:
+        arguments["attention_mask"] = batch.attention_mask
     if accepts(module, "position_ids"):
-        arguments["position_ids"] = batch.position_ids
+        arguments["position_ids"] = laid_out(batch.position_ids)
     if accepts(module, "use_cache"):
         arguments["use_cache"] = False
+    if accepts(module, "logits_to_keep"):
+        arguments["logits_to_keep"] = laid_out(batch.predicting)
     return arguments
+
+
+def hidden_of_predictions(trunk: nn.Module, batch: SequenceBatch, packed: bool = False) -> torch.Tensor:
+    """The trunk's last hidden states where a response token is predicted, row by row: (M, H)."""
+    hidden = trunk(**forward_arguments(trunk, batch, packed)).last_hidden_state
+    predicting = batch.predicting
+    return hidden[0, predicting[batch.attention_mask.bool()]] if packed else hidden[predicting]
 
 
 def accepts(module: nn.Module, argument: str) -> bool:

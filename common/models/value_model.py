@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from common.config import ModelOptions
-from common.models.sequences import SequenceBatch, forward_arguments
+from common.models.sequences import SequenceBatch, hidden_of_predictions, unflattened
 
 VALUE_HEAD_NAME = "value_head.safetensors"
 
@@ -19,9 +19,10 @@ VALUE_HEAD_NAME = "value_head.safetensors"
 class ValueModel(nn.Module):
     """Trunk and linear value head; `forward` gives V(s_t) for each response token t."""
 
-    def __init__(self, trunk: PreTrainedModel) -> None:
+    def __init__(self, trunk: PreTrainedModel, packed: bool = False) -> None:
         super().__init__()
         self.trunk = trunk
+        self._packed = packed
         hidden_size = trunk.config.get_text_config().hidden_size
         self.value_head = nn.Linear(hidden_size, 1)
         # Small initial values: N(0, 1 / (h + 1)), as in summarize_from_feedback_details.
@@ -29,17 +30,16 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.value_head.bias)
 
     def forward(self, batch: SequenceBatch) -> torch.Tensor:
-        """Values (B, T) in fp32: V_t is read at position P + t - 1, before token t is there."""
-        hidden = self.trunk(**forward_arguments(self.trunk, batch)).last_hidden_state
-        length = batch.response_mask.shape[1]
-        return self.value_head(hidden[:, -length - 1 : -1]).squeeze(-1).float()
+        """Values (B, T) in fp32, 0 where masked: V_t is read at position P + t - 1, before token t is there."""
+        hidden = hidden_of_predictions(self.trunk, batch, self._packed)
+        return unflattened(self.value_head(hidden).squeeze(-1).float(), batch)
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the trunk's activations in the backward pass."""
         self.trunk.gradient_checkpointing_enable()
 
 
-def load_value_model(path: str | Path, options: ModelOptions) -> ValueModel:
+def load_value_model(path: str | Path, options: ModelOptions, packed: bool = False) -> ValueModel:
     """A critic on the trunk of the model at `path`, with a fresh value head.
 
     The folder is a causal language model's, or a reward model's made of one: if that reads both ways, the critic does
@@ -56,7 +56,7 @@ def load_value_model(path: str | Path, options: ModelOptions) -> ValueModel:
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
     )
-    model = ValueModel(trunk)
+    model = ValueModel(trunk, packed)
     model.value_head.to(dtype)
     return model
 

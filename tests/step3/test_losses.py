@@ -73,9 +73,10 @@ def test_kl_of_a_policy_to_itself_is_zero_and_masked_elsewhere() -> None:
     assert k1_kl(logprobs, logprobs - 0.5, mask).tolist() == [[0.5, 0.0]]
 
 
-def test_denominator_undoes_the_division_by_accumulation_steps() -> None:
+def test_denominator_counts_the_tokens_of_a_lone_rank_and_is_never_0() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    assert float(token_denominator(mask, 4)) == 3 / 4
+    assert float(token_denominator(mask)) == 3
+    assert float(token_denominator(torch.zeros_like(mask))) == 1
 
 
 def _policy(ratios: list[float], advantages: list[float], **options: float) -> tuple[float, int, list[float]]:

@@ -42,11 +42,13 @@ def test_trimmed_rows_keep_every_real_token() -> None:
 class TableModel(torch.nn.Module):
     """Logits that are 0 but for `2 * position` on id 3 (and on id 5), so that what was read names its position."""
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: torch.Tensor
+    ) -> SimpleNamespace:
         rows, width = input_ids.shape
         logits = torch.zeros(rows, width, 16)
         logits[:, :, 3] = logits[:, :, 5] = 2.0 * torch.arange(width)
-        return SimpleNamespace(logits=logits)
+        return SimpleNamespace(logits=logits[logits_to_keep])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -78,7 +80,7 @@ class CountingTrunk(torch.nn.Module):
 def test_value_of_the_state_before_token_t_is_read_there() -> None:
     critic = ValueModel(CountingTrunk())
     torch.nn.init.ones_(critic.value_head.weight)
-    assert critic(batch()).tolist() == [[2.0, 3.0, 4.0]] * 2
+    assert critic(batch()).tolist() == [[2.0, 3.0, 0.0], [2.0, 3.0, 4.0]]
 
 
 def test_padding_changes_neither_log_probs_nor_values() -> None:
@@ -101,8 +103,10 @@ def test_entropy_and_log_probs_against_torch_distributions() -> None:
     logits = model(made.input_ids, attention_mask=made.attention_mask, position_ids=made.position_ids).logits
     reference = torch.distributions.Categorical(logits=logits[:, 2:5] / 0.7)
     found = response_scores(model, model, made, 0.7)
-    assert torch.allclose(found.logprobs, reference.log_prob(made.response_ids), rtol=0, atol=2e-5)
-    assert torch.allclose(found.entropy, reference.entropy(), rtol=0, atol=2e-5)
+    mask = made.response_mask
+    assert torch.allclose(found.logprobs[mask], reference.log_prob(made.response_ids)[mask], rtol=0, atol=2e-5)
+    assert torch.allclose(found.entropy[mask], reference.entropy()[mask], rtol=0, atol=2e-5)
+    assert float(found.logprobs[~mask].abs().max()) == float(found.entropy[~mask].abs().max()) == 0.0
 
 
 def test_critic_starts_from_the_trunk_of_a_language_model(tmp_path) -> None:
@@ -128,7 +132,7 @@ def test_blocks_by_length_score_every_row_as_the_whole_batch_does(size: int) -> 
         return response_scores(model, model, block, 1.0)
 
     with torch.no_grad():
-        logprobs, entropy = score_in_blocks(made, size, forward)
+        logprobs, entropy = score_in_blocks(made, made.by_length(torch.arange(5), size), forward)
         whole = response_scores(model, model, made, 1.0)
     assert len(widths) == -(-5 // size)
     if size == 1:

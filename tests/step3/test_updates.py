@@ -8,8 +8,9 @@ from deepspeed.utils import safe_get_full_grad
 
 from common.config import LoraOptions
 from common.engine import distributed
+from common.engine.accumulation import accumulate
 from common.engine.hybrid import HybridEngine
-from common.models.generate import generate_responses
+from common.generation.sampling import Sampling
 from common.models.loading import apply_lora
 from common.models.sequences import SequenceBatch, pad_sequences, response_scores
 from step3_tppo.losses import k1_kl, policy_loss, token_denominator
@@ -46,12 +47,12 @@ def _engine_gradient(rank: int, world_size: int, stage: int, accumulation: int) 
     batch, old, advantages = _fixed_batch()
     mine = torch.arange(ROWS)[rank::world_size]
     micro_batches = mine.chunk(accumulation)
-    engine = zero_engine(tiny_llama(), stage, len(micro_batches[0]), accumulation)
-    tokens = token_denominator(batch.response_mask[mine], accumulation)
-    for index, rows in enumerate(micro_batches):
-        engine.backward(_loss(engine, engine.module, batch, old, advantages, rows, tokens))
-        if index < accumulation - 1:
-            engine.step()
+    engine = zero_engine(tiny_llama(), stage, len(micro_batches[0]))
+    tokens = token_denominator(batch.response_mask[mine])
+    engine.step = lambda: None  # it would take the gradients away
+    for number, rows in enumerate(micro_batches, start=1):
+        loss = _loss(engine, engine.module, batch, old, advantages, rows, tokens)
+        accumulate(engine, loss, last=number == accumulation)
     gradient = torch.cat([safe_get_full_grad(parameter).flatten() for parameter in engine.module.parameters()])
     return gradient.double().tolist()
 
@@ -76,11 +77,11 @@ def _first_ratio(rank: int, world_size: int, lora: bool, temperature: float) -> 
     model = tiny_llama()
     if lora:
         model = apply_lora(model, LoraOptions(lora_r=4))
-    hybrid = HybridEngine(zero_engine(model, 3, 2, 2))
+    hybrid = HybridEngine(zero_engine(model, 3, 2))
     tokenizer = ordinary_tokenizer()
     prompts = [[token + rank for token in prompt] for prompt in SEQUENCES]
     with hybrid.inference() as module:
-        made = generate_responses(module, tokenizer, prompts, 6, temperature, seed=rank, batch_size=4)
+        made = hybrid.generate(tokenizer, prompts, Sampling(6, temperature, seed=rank), rows=4)
         batch = pad_sequences(prompts, [response.ids for response in made], 1, torch.device("cpu"))
         old = response_scores(module, module, batch, temperature).logprobs
         reference = old
@@ -90,15 +91,14 @@ def _first_ratio(rank: int, world_size: int, lora: bool, temperature: float) -> 
     kl = float(k1_kl(old, reference, batch.response_mask).abs().max())
     hybrid.module.train()
     largest = 0.0
-    tokens = token_denominator(batch.response_mask, 2)
-    for rows in torch.arange(4).split(2):
+    tokens = token_denominator(batch.response_mask)
+    for number, rows in enumerate(torch.arange(4).split(2), start=1):
         part = batch.rows(rows)
         width = part.response_mask.shape[1]
         new = response_scores(hybrid.engine, hybrid.module, part, temperature).logprobs
         largest = max(largest, float(k1_kl(new.detach(), old[rows, :width], part.response_mask).abs().max()))
         loss = policy_loss(new, old[rows, :width], torch.ones_like(new), part.response_mask, 0.2, tokens).loss
-        hybrid.engine.backward(loss)
-        hybrid.engine.step()
+        accumulate(hybrid.engine, loss, last=number == 2)
     with hybrid.inference() as module:
         moved = response_scores(module, module, batch, temperature).logprobs
     return largest, kl, float(k1_kl(moved, reference, batch.response_mask).abs().max())
@@ -115,10 +115,10 @@ def test_ratio_is_one_before_the_first_update_and_kl_to_self_is_zero(lora: bool,
 
 
 def _denominator(rank: int, world_size: int) -> float:
-    return float(token_denominator(torch.ones(1, 3 + 4 * rank, dtype=torch.bool), 2))
+    return float(token_denominator(torch.ones(1, 3 + 4 * rank, dtype=torch.bool)))
 
 
 @pytest.mark.distributed
 def test_denominator_counts_the_tokens_of_all_ranks() -> None:
-    assert run_on_ranks(_denominator, 2) == [(3 + 7) / (2 * 2)] * 2
+    assert run_on_ranks(_denominator, 2) == [(3 + 7) / 2] * 2
     assert distributed.world_size() == 1

@@ -1,0 +1,84 @@
+"""Responses of a causal language model to prompts: for rollouts, for sampling in step 2 and for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from common.alignment import TokenDecoder
+from common.engine import distributed
+from common.errors import InputError
+from common.generation.decode import Decoder, check_decodable
+from common.generation.sampling import Sampling
+
+
+class Generated(NamedTuple):
+    """One response: its token ids (EOS included when the model wrote it), their text, whether EOS was written, and the
+    log-prob of each token when it was drawn."""
+
+    ids: list[int]
+    text: str
+    finished: bool
+    logprobs: list[float]
+
+
+@torch.no_grad()
+def generate_responses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    rows: int,
+    progress: str = "",
+    synced: bool = False,
+) -> list[Generated]:
+    """`sampling.samples` responses to each prompt (token ids, not padded), prompt by prompt in their order.
+
+    At most `rows` responses are decoded at once. The same prompts and sampling give the same responses, whatever `rows`
+    is (to rounding: where two tokens are equally likely, the shape of a batch may decide), and no random state is
+    touched. `progress` labels a progress bar; without it there is none. `synced` makes every rank take part in as many
+    passes as the busiest, which sharded weights need. Raises `InputError` for an empty prompt, settings out of range or
+    a model that cannot be decoded this way.
+    """
+    if rows < 1:
+        raise InputError(f"generation needs at least 1 row, not {rows}")
+    if not all(prompts):
+        raise InputError("an empty prompt: give at least one token (a template must not render to nothing)")
+    # LoRA lives inside the base model's layers.
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    check_decodable(inner)
+    decoder = Decoder(inner, sampling, tokenizer.eos_token_id, rows, _any_rank(inner.device) if synced else None)
+    bar = tqdm(total=len(prompts) * sampling.samples, desc=progress, disable=not progress)
+    with bar, _generating(inner):
+        drawn = decoder(prompts, bar.update)
+    text = TokenDecoder(tokenizer)
+    return [
+        Generated(found.ids, text(found.ids).text, found.ids[-1] == tokenizer.eos_token_id, found.logprobs)
+        for found in drawn
+    ]
+
+
+@contextmanager
+def _generating(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode, and a kernel that takes any mask: flash attention's takes none."""
+    was_training, kernel = model.training, model.config._attn_implementation
+    model.eval()
+    model.config._attn_implementation = kernel if kernel in ("sdpa", "eager") else "sdpa"
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        model.config._attn_implementation = kernel
+
+
+def _any_rank(device: torch.device):
+    def any_rank(works: bool) -> bool:
+        return bool(distributed.max_over_ranks(torch.tensor(int(works), device=device)))
+
+    return any_rank
