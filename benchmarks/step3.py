@@ -62,11 +62,12 @@ def main() -> None:
             print(f"run {run}, a step:", *medians, flush=True)
     seconds = {name: [statistics.median(run["seconds"]) for run in runs] for name, runs in found.items()}
     shares = {
-        name: [run["flops"] / run["peak_flops"] / second for run, second in zip(found[name], seconds[name], strict=True)]
+        name: [run["flops"] / run["peak_flops"] / took for run, took in zip(found[name], seconds[name], strict=True)]
         for name in SETUPS
     }
+    theirs = seconds["trl_rloo"]
     save("step3", {
-        "ratios": {f"trl_rloo_seconds_over_{name}": median_ratio(seconds["trl_rloo"], seconds[name]) for name in SETUPS},
+        "ratios": {f"trl_rloo_seconds_over_{name}": median_ratio(theirs, seconds[name]) for name in SETUPS},
         "useful_flop_utilisation": round(statistics.median(shares["ours"]), 3),
         "useful_flop_utilisation_two_ranks": round(statistics.median(shares["ours_two_ranks"]), 3),
         "switch_share": round(statistics.median(run["switch_share"] for run in found["ours_two_ranks"]), 4),

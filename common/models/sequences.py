@@ -1,8 +1,10 @@
 """Prompts and responses as one padded batch, and the log-probs of the response tokens.
 
-Where things stand (method, section 3): with prompts padded on the left to P and responses on the right to T, response
-token t has position P + t. Its log-prob is read from the logits at P + t - 1, and so is the value of the state in
-which it was chosen. Masks are made from lengths, never from `ids != pad`: pad may be EOS.
+Where things stand (method, section 3): a row is a prompt of P tokens and its response behind it, padded on the right.
+Response token t has position P + t; its log-prob is read from the logits at P + t - 1, and so is the value of the state
+in which it was chosen. Under causal attention no real token sees what is right of it, so a pass over such rows needs no
+mask, which is the fast path of every attention kernel, and positions count from 0. Masks are made from lengths, never
+from `ids != pad`: pad may be EOS.
 """
 
 from __future__ import annotations
@@ -18,38 +20,25 @@ from common.models.token_scores import scoring_head, token_scores_from_hidden, t
 
 
 class SequenceBatch(NamedTuple):
-    """`input_ids`, `attention_mask` (1 on real tokens) and `position_ids` (B, P + T), `response_mask` (B, T) bool."""
+    """`input_ids` and `attention_mask` (1 on real tokens) (B, L); `predicting` (B, L) bool, one place before each
+    response token; `response_mask` (B, T) bool."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    position_ids: torch.Tensor
+    predicting: torch.Tensor
     response_mask: torch.Tensor
 
     @property
     def response_ids(self) -> torch.Tensor:
-        """The response part of `input_ids`, (B, T)."""
-        return self.input_ids[:, -self.response_mask.shape[1] :]
-
-    @property
-    def predicting(self) -> torch.Tensor:
-        """Where a response token is predicted: one place before it; (B, P + T) bool."""
-        places = torch.zeros_like(self.input_ids, dtype=torch.bool)
-        places[:, -self.response_mask.shape[1] - 1 : -1] = self.response_mask
-        return places
+        """The response tokens, row by row: (M,)."""
+        return self.input_ids[:, 1:][self.predicting[:, :-1]]
 
     def rows(self, index: torch.Tensor) -> SequenceBatch:
-        """The rows `index` (int64), with padding that all of them share cut off on both sides."""
+        """The rows `index` (int64), with padding that all of them share cut off."""
         picked = SequenceBatch(*(tensor[index] for tensor in self))
-        width, length = picked.response_mask.shape[1], int(picked.response_mask.sum(1).max())
-        prompt = picked.attention_mask.shape[1] - width
-        left = prompt - int(picked.attention_mask[:, :prompt].sum(1).max())
-        columns = slice(left, prompt + length)
-        return SequenceBatch(
-            picked.input_ids[:, columns],
-            picked.attention_mask[:, columns],
-            picked.position_ids[:, columns],
-            picked.response_mask[:, :length],
-        )
+        length, responses = (int(mask.sum(1).max()) for mask in (picked.attention_mask, picked.response_mask))
+        sequences = (tensor[:, :length] for tensor in picked[:3])
+        return SequenceBatch(*sequences, picked.response_mask[:, :responses])
 
     def by_length(self, index: torch.Tensor, size: int) -> list[torch.Tensor]:
         """The rows `index` in blocks of at most `size`, sequences of similar length together: little padding."""
@@ -94,20 +83,21 @@ class TokenScores(NamedTuple):
 def pad_sequences(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
 ) -> SequenceBatch:
-    """Left-padded prompts followed by right-padded responses; no prompt and no response may be empty."""
+    """Prompts with their responses behind them, padded on the right; no prompt and no response may be empty."""
     if not all(prompts) or not all(responses):
         raise ValueError("a prompt or a response without tokens")
-    width, length = max(map(len, prompts)), max(map(len, responses))
-    rows = list(zip(prompts, responses, strict=True))
-    ids = [[pad_token_id] * (width - len(p)) + list(p) + list(r) + [pad_token_id] * (length - len(r)) for p, r in rows]
-    real = [[0] * (width - len(p)) + [1] * (len(p) + len(r)) + [0] * (length - len(r)) for p, r in rows]
-    attention_mask = torch.tensor(real, device=device)
+    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows], device=device)
+    begins, counts, lengths = (
+        torch.tensor([len(item) for item in items], device=device).unsqueeze(1) for items in (prompts, responses, rows)
+    )
+    places = torch.arange(width, device=device)
     return SequenceBatch(
-        input_ids=torch.tensor(ids, device=device),
-        attention_mask=attention_mask,
-        # Absolute positions must not count the padding; padding itself gets any valid position.
-        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-        response_mask=attention_mask[:, width:].bool(),
+        input_ids=ids,
+        attention_mask=(places < lengths).long(),
+        predicting=(places >= begins - 1) & (places < lengths - 1),
+        response_mask=torch.arange(int(counts.max()), device=device) < counts,
     )
 
 
@@ -125,7 +115,7 @@ def response_scores(
     its forward accepts. Logits are computed where a response token is predicted and nowhere else; softmax in fp32.
     Gradients flow to the log-probs, and to the entropy if asked to. 0 where masked.
     """
-    ids = batch.response_ids[batch.response_mask]
+    ids = batch.response_ids
     arguments = forward_arguments(module, batch, way.packed)
     if way.in_pieces:
         inner = module.get_base_model() if hasattr(module, "get_base_model") else module
@@ -164,34 +154,28 @@ def score_in_blocks(
 
 
 def forward_arguments(module: nn.Module, batch: SequenceBatch, packed: bool = False) -> dict[str, Any]:
-    """Keyword arguments for `module`'s forward: explicit positions where it takes them, no cache; of a model with
-    logits (which takes `logits_to_keep`) those alone that predict a response token, (M, V).
+    """Keyword arguments for `module`'s forward, no cache among them; of a model with logits (which takes
+    `logits_to_keep`) those alone that predict a response token, (M, V).
 
-    Packed, all rows stand behind each other in one without any padding, and no mask: where positions begin anew, so
-    does a sequence, which transformers tells the attention kernel.
+    Packed, all rows stand behind each other in one without any padding: where positions begin anew, so does a sequence,
+    which transformers tells the attention kernel.
     """
     real = batch.attention_mask.bool()
-
-    def laid_out(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[real].unsqueeze(0) if packed else tensor
-
-    arguments: dict[str, Any] = {"input_ids": laid_out(batch.input_ids)}
-    if not packed:
-        arguments["attention_mask"] = batch.attention_mask
-    if accepts(module, "position_ids"):
-        arguments["position_ids"] = laid_out(batch.position_ids)
+    arguments: dict[str, Any] = {"input_ids": batch.input_ids[real].unsqueeze(0) if packed else batch.input_ids}
+    if packed:
+        arguments["position_ids"] = (batch.attention_mask.cumsum(1) - 1)[real].unsqueeze(0)
     if accepts(module, "use_cache"):
         arguments["use_cache"] = False
     if accepts(module, "logits_to_keep"):
-        arguments["logits_to_keep"] = laid_out(batch.predicting)
+        arguments["logits_to_keep"] = batch.predicting[real].unsqueeze(0) if packed else batch.predicting
     return arguments
 
 
 def hidden_of_predictions(trunk: nn.Module, batch: SequenceBatch, packed: bool = False) -> torch.Tensor:
     """The trunk's last hidden states where a response token is predicted, row by row: (M, H)."""
     hidden = trunk(**forward_arguments(trunk, batch, packed)).last_hidden_state
-    predicting = batch.predicting
-    return hidden[0, predicting[batch.attention_mask.bool()]] if packed else hidden[predicting]
+    predicting = batch.predicting[batch.attention_mask.bool()].unsqueeze(0) if packed else batch.predicting
+    return hidden[predicting]
 
 
 def accepts(module: nn.Module, argument: str) -> bool:

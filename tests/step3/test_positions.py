@@ -23,28 +23,26 @@ def batch(pad: int = 0) -> SequenceBatch:
 
 def test_padding_masks_and_positions_by_hand() -> None:
     made = batch(pad=2)  # the pad id is a real token of the second response: masks must not depend on it
-    assert made.input_ids.tolist() == [[11, 12, 13, 3, 4, 2], [2, 2, 14, 5, 3, 2]]
-    assert made.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
-    assert made.position_ids.tolist() == [[0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 2, 3]]
+    assert made.input_ids.tolist() == [[11, 12, 13, 3, 4], [14, 5, 3, 2, 2]]
+    assert made.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert made.predicting.int().tolist() == [[0, 0, 1, 1, 0], [1, 1, 1, 0, 0]]
     assert made.response_mask.tolist() == [[True, True, False], [True, True, True]]
-    assert made.response_ids.tolist() == [[3, 4, 2], [5, 3, 2]]
+    assert made.response_ids.tolist() == [3, 4, 5, 3, 2]
 
 
 def test_trimmed_rows_keep_every_real_token() -> None:
     row = batch().rows(torch.tensor([1]))
     assert row.input_ids.tolist() == [[14, 5, 3, 2]]
-    assert row.position_ids.tolist() == [[0, 1, 2, 3]]
     assert row.response_mask.tolist() == [[True, True, True]]
     first = batch().rows(torch.tensor([0]))
     assert first.input_ids.tolist() == [[11, 12, 13, 3, 4]]
+    assert first.response_mask.tolist() == [[True, True]]
 
 
 class TableModel(torch.nn.Module):
     """Logits that are 0 but for `2 * position` on id 3 (and on id 5), so that what was read names its position."""
 
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: torch.Tensor
-    ) -> SimpleNamespace:
+    def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor) -> SimpleNamespace:
         rows, width = input_ids.shape
         logits = torch.zeros(rows, width, 16)
         logits[:, :, 3] = logits[:, :, 5] = 2.0 * torch.arange(width)
@@ -61,8 +59,8 @@ def test_log_prob_of_token_t_is_read_one_position_before_it(temperature: float) 
         normaliser = torch.log(14 + 2 * torch.tensor(peak, dtype=torch.float64).exp())
         return float((peak if wanted else 0.0) - normaliser)
 
-    # P = 3: token t stands at position 3 + t, its log-prob at 2 + t. Ids 3 and 5 have the raised logit.
-    table = [[expected(2, True), expected(3, False)], [expected(2, True), expected(3, True), expected(4, False)]]
+    # Token t stands at position P + t, its log-prob at P + t - 1, P being 3 and 1. Ids 3 and 5 have the raised logit.
+    table = [[expected(2, True), expected(3, False)], [expected(0, True), expected(1, True), expected(2, False)]]
     assert found[0, :2].tolist() == pytest.approx(table[0], rel=1e-5)
     assert found[1].tolist() == pytest.approx(table[1], rel=1e-5)
 
@@ -72,7 +70,7 @@ class CountingTrunk(torch.nn.Module):
 
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=1))
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
         rows, width = input_ids.shape
         return SimpleNamespace(last_hidden_state=torch.arange(width).float().expand(rows, -1).unsqueeze(-1))
 
@@ -80,7 +78,7 @@ class CountingTrunk(torch.nn.Module):
 def test_value_of_the_state_before_token_t_is_read_there() -> None:
     critic = ValueModel(CountingTrunk())
     torch.nn.init.ones_(critic.value_head.weight)
-    assert critic(batch()).tolist() == [[2.0, 3.0, 0.0], [2.0, 3.0, 4.0]]
+    assert critic(batch()).tolist() == [[2.0, 3.0, 0.0], [0.0, 1.0, 2.0]]
 
 
 def test_padding_changes_neither_log_probs_nor_values() -> None:
@@ -100,12 +98,13 @@ def test_padding_changes_neither_log_probs_nor_values() -> None:
 def test_entropy_and_log_probs_against_torch_distributions() -> None:
     model = tiny_llama().eval()
     made = batch()
-    logits = model(made.input_ids, attention_mask=made.attention_mask, position_ids=made.position_ids).logits
-    reference = torch.distributions.Categorical(logits=logits[:, 2:5] / 0.7)
+    logits = [model(torch.tensor([prompt + made_ids])).logits[0, len(prompt) - 1 : -1]
+              for prompt, made_ids in zip(PROMPTS, RESPONSES, strict=True)]
+    reference = torch.distributions.Categorical(logits=torch.cat(logits) / 0.7)
     found = response_scores(model, model, made, 0.7)
     mask = made.response_mask
-    assert torch.allclose(found.logprobs[mask], reference.log_prob(made.response_ids)[mask], rtol=0, atol=2e-5)
-    assert torch.allclose(found.entropy[mask], reference.entropy()[mask], rtol=0, atol=2e-5)
+    assert torch.allclose(found.logprobs[mask], reference.log_prob(made.response_ids), rtol=0, atol=2e-5)
+    assert torch.allclose(found.entropy[mask], reference.entropy(), rtol=0, atol=2e-5)
     assert float(found.logprobs[~mask].abs().max()) == float(found.entropy[~mask].abs().max()) == 0.0
 
 
