@@ -56,7 +56,7 @@ def measure() -> dict[str, Any]:
     tokenizer = query_tokenizer()
     seconds, lengths = {}, {}
     for workload, (count, fewest, most, samples) in WORKLOADS.items():
-        hybrid = HybridEngine(_engine(random_llama(tokenizer, MEAN_ANSWER)))
+        hybrid = HybridEngine(zero3_engine(random_llama(tokenizer, MEAN_ANSWER)))
         prompts = _prompts(count, fewest, most, len(tokenizer))
         systems = Systems(hybrid, tokenizer, prompts, samples)
         seconds[workload] = alternating({name: getattr(systems, name) for name in (OURS, *PEERS)}, RUNS)
@@ -116,12 +116,14 @@ class Systems:
         self._hybrid.module.generate(ids, attention_mask=mask, generation_config=config, synced_gpus=synced)
 
 
-def _engine(model: torch.nn.Module) -> deepspeed.DeepSpeedEngine:
+def zero3_engine(model: torch.nn.Module, **zero: float) -> deepspeed.DeepSpeedEngine:
+    """`model` under ZeRO-3 with AdamW and the settings `zero`."""
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4),
+        optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4),
         config={
-            "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": 1_000_000_000,
+            "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **zero},
+            "steps_per_print": 1_000_000_000,
         },
     )  # fmt: skip
     return engine

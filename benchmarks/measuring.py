@@ -95,6 +95,14 @@ def gemm_peak(dtype: torch.dtype = torch.float32, size: int = 1024, seconds: flo
     return 2 * size**3 / best
 
 
+def peak_memory() -> int:
+    """The most bytes that this process has held: on its GPU, or of the host's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
 def save(name: str, content: Mapping[str, Any]) -> None:
     """Write `results/<name>.json`, with the command, the machine and the versions beside `content`."""
     write_json(RESULTS / f"{name}.json", {

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.flops import Sizes, tppo_step_flops
-from benchmarks.measuring import gemm_peak, median_ratio, on_ranks, save
+from benchmarks.measuring import gemm_peak, median_ratio, on_ranks, peak_memory, save
 from benchmarks.models import query_tokenizer, random_llama, save_reward_model
 from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
@@ -42,21 +42,32 @@ from step3_tppo.rollout import RolloutMaker, reward_options
 from step3_tppo.trainer import TPPOTrainer
 
 RUNS, STEPS, WARMUP = 5, 4, 1
-PROMPTS, SAMPLES, PROMPT_TOKENS, ANSWER_TOKENS = 8, 4, 96, 32
 CORES = 2
 # Ranks, threads of each, ZeRO stage.
 SETUPS = {"ours": (1, CORES, 0), "ours_two_ranks": (2, 1, 3)}
+
+
+class Shape(NamedTuple):
+    """What a step reads and writes: prompts, samples of each, tokens of a prompt and of an answer."""
+
+    prompts: int = 8
+    samples: int = 4
+    prompt_tokens: int = 96
+    answer_tokens: int = 32
+
+
+SHAPE = Shape()
 
 
 def main() -> None:
     """Alternate whole runs of both, then save ratios and utilisation."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder)
+        prepare(folder, SHAPE)
         found: dict[str, list[Any]] = {name: [] for name in (*SETUPS, "trl_rloo")}
         for run in range(RUNS):
             for name, (ranks, threads, stage) in SETUPS.items():
-                found[name].append(on_ranks(tppo_steps, ranks, str(folder), f"{name}{run}", threads, stage))
+                found[name].append(on_ranks(tppo_steps, ranks, str(folder), f"{name}{run}", threads, stage, SHAPE))
             found["trl_rloo"].append({"seconds": trl_steps(folder)})
             medians = (f"{name} {statistics.median(runs[-1]['seconds']):.2f} s" for name, runs in found.items())
             print(f"run {run}, a step:", *medians, flush=True)
@@ -71,44 +82,48 @@ def main() -> None:
         "useful_flop_utilisation": round(statistics.median(shares["ours"]), 3),
         "useful_flop_utilisation_two_ranks": round(statistics.median(shares["ours_two_ranks"]), 3),
         "switch_share": round(statistics.median(run["switch_share"] for run in found["ours_two_ranks"]), 4),
-        "shape": {"prompts": PROMPTS, "samples": SAMPLES, "prompt_tokens": PROMPT_TOKENS,
-                  "answer_tokens": ANSWER_TOKENS, "setups": SETUPS},
+        "shape": SHAPE._asdict(),
+        "setups": SETUPS,
         "runs": found,
     })  # fmt: skip
 
 
-def prepare(folder: Path) -> None:
-    """Examples with histories longer than the prompt budget, and the models."""
+def prepare(folder: Path, shape: Shape, **sizes: int) -> None:
+    """Examples with histories longer than the prompt budget, and the models; `sizes` as in `random_llama`."""
     tokenizer = query_tokenizer()
-    model = random_llama(tokenizer, mean_answer=1e9)
+    model = random_llama(tokenizer, mean_answer=1e9, **sizes)
     model.save_pretrained(folder / "sft")
     tokenizer.save_pretrained(folder / "sft")
-    save_reward_model(folder / "sft", folder / "reward", tokenizer, PROMPT_TOKENS, 2 * ANSWER_TOKENS)
+    save_reward_model(folder / "sft", folder / "reward", tokenizer, shape.prompt_tokens, 2 * shape.answer_tokens)
     (folder / "data").mkdir()
-    users = simulate(SimulatorConfig(num_users=200, min_history=24, max_history=28))
+    searches = shape.prompt_tokens // 4  # enough to fill the budget
+    users = simulate(SimulatorConfig(num_users=200, min_history=searches, max_history=searches + 4))
     examples = [_example(user.record) for user in users]
     write_jsonl(folder / "data" / "train.jsonl", (example.to_dict() for example in examples))
-    builder = _prompts(tokenizer)
+    builder = _prompts(tokenizer, shape)
     write_jsonl(folder / "prompts.jsonl", ({"prompt": builder.text(example.history)} for example in examples))
 
 
-def tppo_steps(folder: str, run: str, threads: int, stage: int) -> dict[str, Any]:
+def tppo_steps(folder: str, run: str, threads: int, stage: int, shape: Shape) -> dict[str, Any]:
     """Seconds of each step after the first, useful FLOPs of a step, and the machine's peak with all ranks at it."""
     torch.set_num_threads(threads)
+    cuda = torch.cuda.is_available()
     config = Step3Config(
         output_dir=f"{folder}/{run}", actor_path=f"{folder}/sft", reward_path=f"{folder}/reward",
         critic_path=f"{folder}/reward", data_dir=f"{folder}/data", prompt_template="compact",
-        max_prompt_tokens=PROMPT_TOKENS, max_response_tokens=ANSWER_TOKENS, rollout_batch_size=PROMPTS,
-        samples_per_prompt=SAMPLES, mini_batch_size=PROMPTS * SAMPLES, micro_batch_size=16, scoring_batch_size=16,
+        max_prompt_tokens=shape.prompt_tokens, max_response_tokens=shape.answer_tokens,
+        rollout_batch_size=shape.prompts, samples_per_prompt=shape.samples,
+        mini_batch_size=shape.prompts * shape.samples, micro_batch_size=16, scoring_batch_size=16,
         total_steps=STEPS + WARMUP, critic_warmup_steps=0, save_steps=1_000, sample_steps=1_000, zero_stage=stage,
-        tensorboard=False,
+        tensorboard=False, dtype="bf16" if cuda else "fp32",
     )  # fmt: skip
     tokenizer = load_tokenizer(config.actor_path, False)
     models = build_models(config, tokenizer)
-    make_rollout = RolloutMaker(models, _prompts(tokenizer), reward_options(config, 4), config, torch.device("cpu"))
-    examples = load_examples(config.data_dir, "train")
-    TPPOTrainer(config, models, make_rollout, examples, torch.device("cpu")).train()
-    peak = distributed.sum_over_ranks(torch.tensor(gemm_peak(), dtype=torch.float64))
+    prompts, device = _prompts(tokenizer, shape), models.actor.module.device
+    make_rollout = RolloutMaker(models, prompts, reward_options(config, 4), config, device)
+    TPPOTrainer(config, models, make_rollout, load_examples(config.data_dir, "train"), device).train()
+    peak = gemm_peak(torch.bfloat16 if cuda else torch.float32)
+    peak = distributed.sum_over_ranks(torch.tensor(peak, dtype=torch.float64))
     rows = read_metrics(Path(config.output_dir) / "metrics.jsonl")[WARMUP:]
     phases = {name: statistics.median(row[name] for row in rows) for name in rows[0] if name.startswith("seconds/")}
     sizes = Sizes.of(models.actor.module.config)
@@ -116,8 +131,9 @@ def tppo_steps(folder: str, run: str, threads: int, stage: int) -> dict[str, Any
         "seconds": [row["seconds/step"] for row in rows],
         "phases": phases,
         "switch_share": phases["seconds/switch"] / phases["seconds/step"],
-        "flops": tppo_step_flops(sizes, PROMPTS, SAMPLES, PROMPT_TOKENS, ANSWER_TOKENS),
+        "flops": tppo_step_flops(sizes, *shape),
         "peak_flops": float(peak),
+        "peak_memory_mib": round(peak_memory() / 2**20),
     }
 
 
@@ -125,8 +141,8 @@ def trl_steps(folder: Path) -> list[float]:
     """Seconds of each of TRL's steps after the first."""
     command = [
         sys.executable, "benchmarks/trl_rloo.py", "--folder", str(folder), "--steps", str(STEPS + WARMUP),
-        "--prompts", str(PROMPTS), "--samples", str(SAMPLES), "--answer_tokens", str(ANSWER_TOKENS),
-        "--batch", str(PROMPTS * SAMPLES),
+        "--prompts", str(SHAPE.prompts), "--samples", str(SHAPE.samples),
+        "--answer_tokens", str(SHAPE.answer_tokens), "--batch", str(SHAPE.prompts * SHAPE.samples),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": str(CORES), "TOKENIZERS_PARALLELISM": "false"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -140,8 +156,8 @@ def _example(record: Record) -> Example:
     return Example(record.user_id, record.user_id, record.group, record.source, "train", events, tuple(targets))
 
 
-def _prompts(tokenizer: PreTrainedTokenizerBase) -> PromptBuilder:
-    return PromptBuilder(tokenizer, "compact", PROMPT_TOKENS, num_queries=3)
+def _prompts(tokenizer: PreTrainedTokenizerBase, shape: Shape) -> PromptBuilder:
+    return PromptBuilder(tokenizer, "compact", shape.prompt_tokens, num_queries=3)
 
 
 if __name__ == "__main__":
