@@ -23,8 +23,8 @@ import matplotlib.pyplot as plt
 from benchmarks.measuring import RESULTS, on_ranks, save
 from benchmarks.step3 import SHAPE, Shape, prepare, tppo_steps
 
-RANKS, STAGE = 2, 3
-WIDTHS = {128: 4, 256: 6, 384: 8, 512: 10}  # and layers
+RANKS, STAGE, STEPS = 2, 3, 2
+WIDTHS = {128: 4, 256: 6, 384: 8}  # and layers
 AXES: dict[str, list[tuple[float, dict[str, int], Shape, int]]] = {
     "million weights of layers": [
         (12 * width * width * layers / 1e6, _sizes, SHAPE, RANKS)
@@ -47,7 +47,7 @@ def main() -> None:
         for value, sizes, shape, ranks in points:
             with tempfile.TemporaryDirectory() as folder:
                 prepare(Path(folder), shape, **sizes)
-                step = on_ranks(tppo_steps, ranks, folder, "run", 1, STAGE, shape)
+                step = on_ranks(tppo_steps, ranks, folder, "run", 1, STAGE, shape, STEPS)
             row = {
                 "value": value, "seconds": round(statistics.median(step["seconds"]), 3),
                 "peak_memory_mib": step["peak_memory_mib"],

@@ -1,7 +1,8 @@
 """A whole TPPO step against a step of TRL's RLOO trainer, on the same model, prompts, samples and tokens.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/step3.py                 about 6 minutes on two cores
+    python benchmarks/step3.py                 about 5 minutes on two cores
+    python benchmarks/step3.py --profile       where the time of our step goes, kernel by kernel
 
 Ours rolls out, scores with four models and updates two; RLOO rolls out, scores with two and updates one, its reward
 being a Python function that costs nothing. Both take 8 prompts of up to 96 tokens, 4 samples of 32 tokens each, and
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.flops import Sizes, tppo_step_flops
@@ -37,7 +39,7 @@ from common.files import write_jsonl
 from common.models.loading import load_tokenizer
 from common.tracking import read_metrics
 from step3_tppo.config import Step3Config
-from step3_tppo.models import build_models
+from step3_tppo.models import Models, build_models
 from step3_tppo.rollout import RolloutMaker, reward_options
 from step3_tppo.trainer import TPPOTrainer
 
@@ -64,6 +66,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, SHAPE)
+        if "--profile" in sys.argv:
+            print(on_ranks(profiled_steps, 1, str(folder)))
+            return
         found: dict[str, list[Any]] = {name: [] for name in (*SETUPS, "trl_rloo")}
         for run in range(RUNS):
             for name, (ranks, threads, stage) in SETUPS.items():
@@ -96,7 +101,7 @@ def prepare(folder: Path, shape: Shape, **sizes: int) -> None:
     tokenizer.save_pretrained(folder / "sft")
     save_reward_model(folder / "sft", folder / "reward", tokenizer, shape.prompt_tokens, 2 * shape.answer_tokens)
     (folder / "data").mkdir()
-    searches = shape.prompt_tokens // 4  # enough to fill the budget
+    searches = min(shape.prompt_tokens // 4, 90)  # with their clicks enough to fill the budget
     users = simulate(SimulatorConfig(num_users=200, min_history=searches, max_history=searches + 4))
     examples = [_example(user.record) for user in users]
     write_jsonl(folder / "data" / "train.jsonl", (example.to_dict() for example in examples))
@@ -104,24 +109,14 @@ def prepare(folder: Path, shape: Shape, **sizes: int) -> None:
     write_jsonl(folder / "prompts.jsonl", ({"prompt": builder.text(example.history)} for example in examples))
 
 
-def tppo_steps(folder: str, run: str, threads: int, stage: int, shape: Shape) -> dict[str, Any]:
+def tppo_steps(
+    folder: str, run: str, threads: int, stage: int, shape: Shape, steps: int = STEPS
+) -> dict[str, Any]:
     """Seconds of each step after the first, useful FLOPs of a step, and the machine's peak with all ranks at it."""
     torch.set_num_threads(threads)
     cuda = torch.cuda.is_available()
-    config = Step3Config(
-        output_dir=f"{folder}/{run}", actor_path=f"{folder}/sft", reward_path=f"{folder}/reward",
-        critic_path=f"{folder}/reward", data_dir=f"{folder}/data", prompt_template="compact",
-        max_prompt_tokens=shape.prompt_tokens, max_response_tokens=shape.answer_tokens,
-        rollout_batch_size=shape.prompts, samples_per_prompt=shape.samples,
-        mini_batch_size=shape.prompts * shape.samples, micro_batch_size=16, scoring_batch_size=16,
-        total_steps=STEPS + WARMUP, critic_warmup_steps=0, save_steps=1_000, sample_steps=1_000, zero_stage=stage,
-        tensorboard=False, dtype="bf16" if cuda else "fp32",
-    )  # fmt: skip
-    tokenizer = load_tokenizer(config.actor_path, False)
-    models = build_models(config, tokenizer)
-    prompts, device = _prompts(tokenizer, shape), models.actor.module.device
-    make_rollout = RolloutMaker(models, prompts, reward_options(config, 4), config, device)
-    TPPOTrainer(config, models, make_rollout, load_examples(config.data_dir, "train"), device).train()
+    trainer, config, models = _trainer(folder, run, stage, shape, steps)
+    trainer.train()
     peak = gemm_peak(torch.bfloat16 if cuda else torch.float32)
     peak = distributed.sum_over_ranks(torch.tensor(peak, dtype=torch.float64))
     rows = read_metrics(Path(config.output_dir) / "metrics.jsonl")[WARMUP:]
@@ -135,6 +130,36 @@ def tppo_steps(folder: str, run: str, threads: int, stage: int, shape: Shape) ->
         "peak_flops": float(peak),
         "peak_memory_mib": round(peak_memory() / 2**20),
     }
+
+
+def profiled_steps(folder: str) -> str:
+    """A table of the kernels of some steps, by the time that is their own."""
+    torch.set_num_threads(CORES)
+    trainer, *_ = _trainer(folder, "profile", 0, SHAPE, STEPS)
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        trainer.train()
+    return found.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=45)
+
+
+def _trainer(
+    folder: str, run: str, stage: int, shape: Shape, steps: int
+) -> tuple[TPPOTrainer, Step3Config, Models]:
+    cuda = torch.cuda.is_available()
+    config = Step3Config(
+        output_dir=f"{folder}/{run}", actor_path=f"{folder}/sft", reward_path=f"{folder}/reward",
+        critic_path=f"{folder}/reward", data_dir=f"{folder}/data", prompt_template="compact",
+        max_prompt_tokens=shape.prompt_tokens, max_response_tokens=shape.answer_tokens,
+        rollout_batch_size=shape.prompts, samples_per_prompt=shape.samples,
+        mini_batch_size=shape.prompts * shape.samples, micro_batch_size=16, scoring_batch_size=16,
+        total_steps=steps + WARMUP, critic_warmup_steps=0, save_steps=1_000, sample_steps=1_000, zero_stage=stage,
+        tensorboard=False, dtype="bf16" if cuda else "fp32",
+    )  # fmt: skip
+    tokenizer = load_tokenizer(config.actor_path, False)
+    models = build_models(config, tokenizer)
+    prompts, device = _prompts(tokenizer, shape), models.actor.module.device
+    make_rollout = RolloutMaker(models, prompts, reward_options(config, 4), config, device)
+    examples = load_examples(config.data_dir, "train")
+    return TPPOTrainer(config, models, make_rollout, examples, device), config, models
 
 
 def trl_steps(folder: Path) -> list[float]:

@@ -48,112 +48,100 @@ def check_decodable(model: PreTrainedModel) -> None:
 
 
 class Decoder:
-    """Draws all responses of one call; see the module. `rows` bounds how many are decoded at once."""
+    """Draws the responses to `prompts`; see the module. At most `rows` are decoded at once, if a prompt's fit."""
 
     def __init__(
-        self, model: PreTrainedModel, sampling: Sampling, eos_token_id: int, rows: int, any_rank: AnyRank | None
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        eos_token_id: int,
+        rows: int,
+        any_rank: AnyRank | None = None,
     ) -> None:
         self._model = model
+        self._prompts = prompts
         self._sampling = sampling
         self._eos = eos_token_id
-        self._rows = max(rows, sampling.samples)
         self._any_rank = any_rank
+        self._drawn = [Drawn() for _ in range(len(prompts) * sampling.samples)]
+        self._waiting = deque(sorted(range(len(prompts)), key=lambda place: -len(prompts[place])))
+        self._rows = min(max(rows, sampling.samples), len(self._drawn))
+        self._active: list[int] = []  # the response that each row draws, rows dense from 0
 
-    def __call__(self, prompts: Sequence[Sequence[int]], ended: Callable[[int], Any]) -> list[Drawn]:
-        """`samples` responses for each prompt, prompt by prompt; calls `ended` with how many have just ended."""
-        sampling = self._sampling
-        drawn = [Drawn() for _ in range(len(prompts) * sampling.samples)]
-        waiting = deque(sorted(range(len(prompts)), key=lambda place: -len(prompts[place])))
-        if waiting:
-            rows = min(self._rows, len(drawn))
-            columns = len(prompts[waiting[0]]) + sampling.max_new_tokens - 1
-            uniforms = uniform_table(sampling, len(prompts)).to(self._model.device)
-            step = DecodeStep(self._model, sampling, uniforms, rows, columns)
-            active: list[int] = []  # the response that each row draws, rows dense from 0
-            while waiting or active:
-                free = rows - len(active)
-                if waiting and (not active or free >= max(sampling.samples, rows // 4)):
-                    self._read_prompts(prompts, waiting, step, active, drawn, free)
+    def run(self, count_ended: Callable[[int], Any]) -> list[Drawn]:
+        """`samples` responses for each prompt, prompt by prompt; `count_ended` is told how many have just ended."""
+        if self._waiting:
+            longest = len(self._prompts[self._waiting[0]])
+            uniforms = uniform_table(self._sampling, len(self._prompts)).to(self._model.device)
+            columns = longest + self._sampling.max_new_tokens - 1
+            step = DecodeStep(self._model, self._sampling, uniforms, self._rows, columns)
+            enough = max(self._sampling.samples, self._rows // 4)  # free rows that make reading worth while
+            while self._waiting or self._active:
+                if self._waiting and (not self._active or self._rows - len(self._active) >= enough):
+                    self._read_prompts(step)
                 else:
-                    self._draw(prompts, step, active, drawn)
-                ended(self._drop_ended(prompts, step, active, drawn))
+                    self._draw(step)
+                count_ended(self._drop_ended(step))
         while self._any_rank is not None and self._any_rank(False):
             self._model(input_ids=torch.tensor([[self._eos]], device=self._model.device))
-        return drawn
+        return self._drawn
 
-    def _read_prompts(
-        self,
-        prompts: Sequence[Sequence[int]],
-        waiting: deque[int],
-        step: DecodeStep,
-        active: list[int],
-        drawn: list[Drawn],
-        free: int,
-    ) -> None:
+    def _read_prompts(self, step: DecodeStep) -> None:
         """Read the next prompts that fit, and draw the first token of each of their responses."""
-        samples = self._sampling.samples
-        width = len(prompts[waiting[0]])
-        count = min(len(waiting), free // samples, max(1, PROMPT_TOKENS // width))
-        block = [waiting.popleft() for _ in range(count)]
+        samples, width = self._sampling.samples, len(self._prompts[self._waiting[0]])
+        free = self._rows - len(self._active)
+        count = min(len(self._waiting), free // samples, max(1, PROMPT_TOKENS // width))
+        block = [self._waiting.popleft() for _ in range(count)]
         responses = [place * samples + number for place in block for number in range(samples)]
         self._await_turn()
-        tokens, logprobs = step.read([prompts[place] for place in block], samples, len(active), responses)
-        active += responses
-        _record(responses, [tokens], [logprobs], drawn)
+        found = step.read([self._prompts[place] for place in block], samples, len(self._active), responses)
+        self._active += responses
+        self._record(responses, [found])
 
-    def _draw(
-        self, prompts: Sequence[Sequence[int]], step: DecodeStep, active: list[int], drawn: list[Drawn]
-    ) -> None:
+    def _draw(self, step: DecodeStep) -> None:
         """Draw the next token of every row; on CUDA several, as far as no row can run past its limit."""
-        longest = max(len(drawn[response].ids) for response in active)
+        longest = max(len(self._drawn[response].ids) for response in self._active)
         passes = min(LOOK_EVERY, self._sampling.max_new_tokens - longest) if step.on_cuda else 1
-        width = max(self._length(prompts, drawn, response) for response in active)
-        tokens, logprobs = [], []
+        width = max(map(self._length, self._active))
+        found = []
         for number in range(passes):
             self._await_turn()
-            found = step.draw(len(active), width + number)
-            tokens.append(found[0])
-            logprobs.append(found[1])
-        _record(active, tokens, logprobs, drawn)
+            found.append(step.draw(len(self._active), width + number))
+        self._record(self._active, found)
 
-    def _drop_ended(
-        self, prompts: Sequence[Sequence[int]], step: DecodeStep, active: list[int], drawn: list[Drawn]
-    ) -> int:
-        """Cut what follows an end, and let the last rows take the places of those that ended; returns their number."""
-        holes = [row for row, response in enumerate(active) if self._has_ended(drawn[response])]
-        left = len(active) - len(holes)
-        targets = [row for row in holes if row < left]
-        sources = [row for row in range(left, len(active)) if row not in set(holes)]
+    def _record(self, responses: Sequence[int], found: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Append the tokens and log-probs that some passes drew for `responses`: the one place where the host waits."""
+        tokens, logprobs = (torch.stack(parts, dim=1).tolist() for parts in zip(*found, strict=True))
+        for response, ids, values in zip(responses, tokens, logprobs, strict=True):
+            self._drawn[response].ids += ids
+            self._drawn[response].logprobs += values
+
+    def _drop_ended(self, step: DecodeStep) -> int:
+        """Let the last rows take the places of those that have ended; returns the number of these."""
+        ended = {row for row, response in enumerate(self._active) if self._has_ended(self._drawn[response])}
+        left = len(self._active) - len(ended)
+        targets = [row for row in range(left) if row in ended]
+        sources = [row for row in range(left, len(self._active)) if row not in ended]
         if targets:
-            width = max(self._length(prompts, drawn, active[row]) for row in sources)
-            step.move(sources, targets, width)
+            step.move(sources, targets, max(self._length(self._active[row]) for row in sources))
         for source, target in zip(sources, targets, strict=True):
-            active[target] = active[source]
-        del active[left:]
-        return len(holes)
+            self._active[target] = self._active[source]
+        del self._active[left:]
+        return len(ended)
 
-    def _has_ended(self, response: Drawn) -> bool:
+    def _has_ended(self, drawn: Drawn) -> bool:
         """Whether a response is complete; what was drawn past its EOS is cut off."""
-        if self._eos in response.ids:
-            length = response.ids.index(self._eos) + 1
-            del response.ids[length:], response.logprobs[length:]
+        if self._eos in drawn.ids:
+            length = drawn.ids.index(self._eos) + 1
+            del drawn.ids[length:], drawn.logprobs[length:]
             return True
-        return len(response.ids) >= self._sampling.max_new_tokens
+        return len(drawn.ids) >= self._sampling.max_new_tokens
 
-    def _length(self, prompts: Sequence[Sequence[int]], drawn: list[Drawn], response: int) -> int:
-        """Columns that a row fills once its newest token has been read."""
-        return len(prompts[response // self._sampling.samples]) + len(drawn[response].ids)
+    def _length(self, response: int) -> int:
+        """Columns that a response's row fills once its newest token has been read."""
+        return len(self._prompts[response // self._sampling.samples]) + len(self._drawn[response].ids)
 
     def _await_turn(self) -> None:
         if self._any_rank is not None:
             self._any_rank(True)
-
-
-def _record(
-    responses: Sequence[int], tokens: list[torch.Tensor], logprobs: list[torch.Tensor], drawn: list[Drawn]
-) -> None:
-    """Append what some passes drew, (A,) each, to the responses of their rows: the one place where the host waits."""
-    token_rows, logprob_rows = (torch.stack(found, dim=1).tolist() for found in (tokens, logprobs))
-    for response, ids, values in zip(responses, token_rows, logprob_rows, strict=True):
-        drawn[response].ids += ids
-        drawn[response].logprobs += values

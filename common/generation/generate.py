@@ -53,10 +53,11 @@ def generate_responses(
     # LoRA lives inside the base model's layers.
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     check_decodable(inner)
-    decoder = Decoder(inner, sampling, tokenizer.eos_token_id, rows, _any_rank(inner.device) if synced else None)
+    any_rank = _any_rank(inner.device) if synced else None
+    decoder = Decoder(inner, prompts, sampling, tokenizer.eos_token_id, rows, any_rank)
     bar = tqdm(total=len(prompts) * sampling.samples, desc=progress, disable=not progress)
     with bar, _generating(inner):
-        drawn = decoder(prompts, bar.update)
+        drawn = decoder.run(bar.update)
     text = TokenDecoder(tokenizer)
     return [
         Generated(found.ids, text(found.ids).text, found.ids[-1] == tokenizer.eos_token_id, found.logprobs)
