@@ -44,7 +44,7 @@ def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
 
 def zero_engine(
     model: torch.nn.Module, stage: int = 3, micro_batch_size: int = 2, learning_rate: float = 1e-2,
-    max_grad_norm: float = 0.0,
+    max_grad_norm: float = 0.0, bf16: bool = False,
 ) -> deepspeed.DeepSpeedEngine:
     """A DeepSpeed engine over the process group at hand; ZeRO-3 shards all but the smallest tensors."""
     world_size = torch.distributed.get_world_size()
@@ -56,6 +56,7 @@ def zero_engine(
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": max_grad_norm,
+            "bf16": {"enabled": bf16},
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100},
             "steps_per_print": 1_000_000_000,
         },

@@ -69,6 +69,25 @@ def test_gathered_sharded_and_plain_generation_agree_token_by_token(stage: int, 
         assert found["after training"] != found["plain"]
 
 
+def _in_bf16(rank: int, world_size: int, stage: int) -> tuple[list[list[int]], list[list[int]], str]:
+    """Greedy responses of a bf16 engine and of a plain bf16 model with its weights, and the dtype of the former."""
+    hybrid = HybridEngine(zero_engine(tiny_llama().bfloat16(), stage, bf16=True))
+    _train(hybrid, rank)
+    with hybrid.inference() as module:
+        found = _ids(hybrid)
+        weights = {name: value.detach().clone() for name, value in module.named_parameters()}
+    plain = tiny_llama().bfloat16()
+    plain.load_state_dict(weights, strict=False)
+    return found, _plain_ids(plain), str(next(iter(weights.values())).dtype)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16_engines_generate_what_their_weights_do(stage: int) -> None:
+    for found, plain, dtype in run_on_ranks(_in_bf16, 2, stage):
+        assert found == plain
+        assert dtype == "torch.bfloat16"
+
+
 def _uneven(rank: int, world_size: int, weights: WeightMode) -> int:
     """Rank 1 has five times as many prompts as rank 0."""
     hybrid = HybridEngine(zero_engine(tiny_llama()))
