@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 from benchmarks.measuring import RESULTS, save
 from common.tracking import read_metrics
 
-SEEDS, STEPS, LAST = (1, 2, 3, 4, 5), 30, 10
+SEEDS, STEPS, LAST = (1, 2, 3, 4, 5), 20, 5
 WAYS = {
     "off": {"hybrid_weights": "sharded", "decode_rows": 8, "packed": "false", "micro_batch_size": 8},
     "on": {
