@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -30,3 +32,25 @@ def run_command(main: Callable[[], None]) -> None:
     except TrainingDiverged as error:
         print(f"{who}diverged: {error}", file=sys.stderr, flush=True)
         raise SystemExit(3) from None
+
+
+def run_rank_command(main: Callable[[], None]) -> None:
+    """`run_command` in a process that may be one rank of several, which then ends at once.
+
+    gloo's threads outlive their process group for as long as somebody holds it, as DeepSpeed does, and a finished rank
+    could abort while the interpreter was taken down: "terminate called without an active exception" (pytorch pull
+    request 179291). What is to be done at exit is done first.
+    """
+    status: Any = 0
+    try:
+        run_command(main)
+    except SystemExit as stop:
+        status = stop.code
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if status:
+            raise SystemExit(status)
+        return
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(status or 0))

@@ -15,7 +15,7 @@ from common.data.prompts import PromptBuilder
 from common.engine import distributed
 from common.engine.trainer import last_complete_checkpoint, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
-from common.errors import run_command
+from common.errors import run_rank_command
 from common.files import write_json
 from common.models.loading import (
     apply_lora,
@@ -108,4 +108,4 @@ def closing_words(config: SftConfig) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_rank_command(main)

@@ -16,7 +16,7 @@ from common.config import parse_config
 from common.engine import distributed
 from common.engine.trainer import last_complete_checkpoint, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
-from common.errors import run_command
+from common.errors import run_rank_command
 from common.feedback.labels import read_labels
 from common.files import write_json
 from common.models.loading import check_attention, load_fast_tokenizer
@@ -121,4 +121,4 @@ def closing_words(config: Step2Config, metrics: dict[str, float | None]) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_rank_command(main)

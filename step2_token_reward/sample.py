@@ -23,7 +23,7 @@ from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.engine import distributed
-from common.errors import InputError, run_command
+from common.errors import InputError, run_rank_command
 from common.files import claim_output_dir, read_jsonl, write_jsonl
 from common.generation.generate import Generated, generate_responses
 from common.generation.sampling import Sampling
@@ -196,4 +196,4 @@ def merge(output: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_rank_command(main)

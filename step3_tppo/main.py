@@ -20,7 +20,7 @@ from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.engine import distributed
-from common.errors import InputError, run_command
+from common.errors import InputError, run_rank_command
 from common.feedback.load import load_annotator
 from common.files import claim_output_dir, write_json
 from common.models.loading import load_tokenizer
@@ -99,4 +99,4 @@ def report(config: Step3Config, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_rank_command(main)

@@ -17,7 +17,7 @@ from common.data.prompts import PromptBuilder
 from common.engine import distributed
 from common.engine.trainer import last_complete_checkpoint, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
-from common.errors import run_command
+from common.errors import run_rank_command
 from common.feedback.labels import read_labels
 from common.models.loading import check_vocabulary, load_causal_lm, load_tokenizer, save_model_folder
 
@@ -61,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_rank_command(main)
