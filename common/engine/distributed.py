@@ -72,6 +72,12 @@ def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return largest
 
 
+def true_on_any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on at least one rank; the same answer on all of them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return bool(max_over_ranks(torch.tensor(int(flag), device=device)))
+
+
 def on_main_first(task) -> None:
     """Run `task` on rank 0; when it raises there, every rank raises the same, instead of waiting in vain."""
     outcome: list[BaseException | None] = [None]

@@ -24,6 +24,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from common.engine import distributed
 from common.engine.adapters import merged_adapters
 from common.engine.memory import WeightMode
 from common.generation.generate import Generated, generate_responses
@@ -84,12 +85,12 @@ class HybridEngine:
         """
         if not self._inside:
             raise RuntimeError("HybridEngine.generate() needs inference() around it")
-        with ExitStack() as stack:
-            if not self.is_sharded_in_inference:
-                stack.enter_context(merged_adapters(self.module))
+        if self.is_sharded_in_inference:
             return generate_responses(
-                self.module, tokenizer, prompts, sampling, rows, synced=self.is_sharded_in_inference
+                self.module, tokenizer, prompts, sampling, rows, any_rank=distributed.true_on_any_rank
             )
+        with merged_adapters(self.module):
+            return generate_responses(self.module, tokenizer, prompts, sampling, rows)
 
 
 @contextmanager

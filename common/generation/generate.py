@@ -12,9 +12,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.alignment import TokenDecoder
-from common.engine import distributed
 from common.errors import InputError
-from common.generation.decode import Decoder, check_decodable
+from common.generation.decode import AnyRank, Decoder, check_decodable
 from common.generation.sampling import Sampling
 
 
@@ -36,15 +35,15 @@ def generate_responses(
     sampling: Sampling,
     rows: int,
     progress: str = "",
-    synced: bool = False,
+    any_rank: AnyRank | None = None,
 ) -> list[Generated]:
     """`sampling.samples` responses to each prompt (token ids, not padded), prompt by prompt in their order.
 
     At most `rows` responses are decoded at once. The same prompts and sampling give the same responses, whatever `rows`
     is (to rounding: where two tokens are equally likely, the shape of a batch may decide), and no random state is
-    touched. `progress` labels a progress bar; without it there is none. `synced` makes every rank take part in as many
-    passes as the busiest, which sharded weights need. Raises `InputError` for an empty prompt, settings out of range or
-    a model that cannot be decoded this way.
+    touched. `progress` labels a progress bar; without it there is none. Where weights are sharded every rank must make
+    as many passes as the busiest: `any_rank` then says, before each, whether one still works. Raises `InputError` for an
+    empty prompt, settings out of range or a model that cannot be decoded this way.
     """
     if rows < 1:
         raise InputError(f"generation needs at least 1 row, not {rows}")
@@ -53,7 +52,6 @@ def generate_responses(
     # LoRA lives inside the base model's layers.
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     check_decodable(inner)
-    any_rank = _any_rank(inner.device) if synced else None
     decoder = Decoder(inner, prompts, sampling, tokenizer.eos_token_id, rows, any_rank)
     bar = tqdm(total=len(prompts) * sampling.samples, desc=progress, disable=not progress)
     with bar, _generating(inner):
@@ -76,10 +74,3 @@ def _generating(model: PreTrainedModel) -> Iterator[None]:
     finally:
         model.train(was_training)
         model.config._attn_implementation = kernel
-
-
-def _any_rank(device: torch.device):
-    def any_rank(works: bool) -> bool:
-        return bool(distributed.max_over_ranks(torch.tensor(int(works), device=device)))
-
-    return any_rank
