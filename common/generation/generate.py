@@ -41,9 +41,9 @@ def generate_responses(
 
     At most `rows` responses are decoded at once. The same prompts and sampling give the same responses, whatever `rows`
     is (to rounding: where two tokens are equally likely, the shape of a batch may decide), and no random state is
-    touched. `progress` labels a progress bar; without it there is none. Where weights are sharded every rank must make
-    as many passes as the busiest: `any_rank` then says, before each, whether one still works. Raises `InputError` for an
-    empty prompt, settings out of range or a model that cannot be decoded this way.
+    touched. `progress` labels a progress bar; without it there is none. Where weights are sharded every rank must
+    make as many passes as the busiest: `any_rank` then says, before each, whether one still works. Raises `InputError`
+    for an empty prompt, settings out of range or a model that cannot be decoded this way.
     """
     if rows < 1:
         raise InputError(f"generation needs at least 1 row, not {rows}")
