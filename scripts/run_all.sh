@@ -80,6 +80,7 @@ prompt_tokens=160 response_tokens=32
 if [ ${#logs[@]} -gt 0 ]; then
     prompt_tokens=256 response_tokens=96
     data_flags+=(--windows 0)
+    reward_flags+=(--query_rule learned)  # what a good query is, is the annotator's to say
 fi
 if [ -n "$miniature" ]; then
     log_flags=(--num_users 160)

@@ -31,6 +31,11 @@ class Step2Config(TrainerOptions):
         "token", "What is judged: each word (token), or queries alone, the sentence-level baseline (sentence).",
         choices=list(HEAD_OUTPUTS),
     )
+    query_rule: str = option(
+        "conjunction", "A query's score from its words': the chance that none is irrelevant and one very relevant, or "
+        "learned from the query labels of the held-out responses, for annotators with another idea of a good query.",
+        choices=["conjunction", "learned"],
+    )
     w: float = option(0.5, "Weight of the local (token) loss; the global (sentence) loss has 1 - w (paper: 0.4-0.6).")
     class_weights: list[float] = option(
         [], f"Weights of the local loss, {_CLASSES}; none: inverse class frequency of the training tokens."
@@ -62,6 +67,8 @@ def check_config(config: Step2Config) -> None:
     for name in ("num_queries", "max_prompt_tokens", "max_response_tokens"):
         if getattr(config, name) <= 0:
             raise InputError(f"--{name} must be above 0, not {getattr(config, name)}")
+    if config.query_rule == "learned" and config.heads == "sentence":
+        raise InputError("--query_rule learned is for words' scores; a model with --heads sentence has none")
     check_trainer_options(config)
     if not 0 <= config.w <= 1:
         raise InputError(f"--w is the local loss's share of the whole, 0 to 1, not {config.w}")

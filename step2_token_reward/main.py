@@ -60,6 +60,7 @@ def main() -> None:
         w=config.w,
         class_weights=class_weights,
         class_keep_ratios=config.class_keep_ratios,
+        learns_query_rule=config.query_rule == "learned",
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = trainer.final_metrics()
@@ -69,6 +70,7 @@ def main() -> None:
         "class_weights": class_weights,
         "class_keep_ratios": config.class_keep_ratios,
         "bidirectional": reads_both_ways(model),
+        "query_rule": trainer.query_rule._asdict() if trainer.query_rule else None,
         "metrics": metrics,
     }
     save(trainer, config, facts)

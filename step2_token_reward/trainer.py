@@ -11,6 +11,7 @@ from transformers import EvalPrediction
 
 from common.engine.trainer import RecipeTrainer
 from common.errors import TrainingDiverged
+from common.models.query_score import QueryRule
 from common.models.reward_losses import (
     Denominators,
     count_queries,
@@ -41,6 +42,7 @@ class RewardTrainer(RecipeTrainer):
         w: float,
         class_weights: Sequence[float],
         class_keep_ratios: Sequence[float] = (),
+        learns_query_rule: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -54,6 +56,8 @@ class RewardTrainer(RecipeTrainer):
         self._w = w
         self._class_weights = torch.tensor(class_weights, device=self.args.device)
         self._keep_ratios = class_keep_ratios
+        self._learns_query_rule = learns_query_rule
+        self.query_rule: QueryRule | None = None  # of the last evaluation, if one is learned
         self._parts = torch.zeros(2, device=self.args.device)
         self._steps_in_parts = 0
 
@@ -138,7 +142,9 @@ class RewardTrainer(RecipeTrainer):
         for row, scores in zip(prediction.label_ids.tolist(), logits, strict=True):
             item = self._held_out[row]
             pairs.append((scores[: len(item.encoded.spans)], item))
-        metrics = held_out_metrics(pairs, self._class_weights.cpu(), self._w)
+        metrics, self.query_rule = held_out_metrics(
+            pairs, self._class_weights.cpu(), self._w, self._learns_query_rule
+        )
         if not math.isfinite(metrics["loss"]):
             raise TrainingDiverged(f"held-out loss {metrics['loss']} after step {self.state.global_step}")
         return {name: value for name, value in metrics.items() if not math.isnan(value)}

@@ -32,7 +32,8 @@ def tiny_parts(kind: str, bidirectional: bool = False) -> Parts:
 
 
 def trainer_of(
-    parts: Parts, folder: Path, w: float = 0.5, keep_ratios: tuple[float, ...] = (), **settings: Any
+    parts: Parts, folder: Path, w: float = 0.5, keep_ratios: tuple[float, ...] = (), learns_query_rule: bool = False,
+    **settings: Any,
 ) -> RewardTrainer:
     """A trainer on the CPU that takes all six responses as one batch and logs every step."""
     arguments = {
@@ -43,5 +44,5 @@ def trainer_of(
     return RewardTrainer(
         model=parts.model, args=TrainingArguments(**arguments | settings), train_dataset=parts.data.train,
         held_out=parts.data.held_out, data_collator=RewardCollator(parts.encoder), w=w, class_weights=CLASS_WEIGHTS,
-        class_keep_ratios=keep_ratios,
+        class_keep_ratios=keep_ratios, learns_query_rule=learns_query_rule,
     )  # fmt: skip

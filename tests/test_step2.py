@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,20 @@ from common.alignment import IGNORE_LABEL, NO_LINE
 from common.config import parse_config
 from common.errors import InputError, TrainingDiverged
 from common.feedback.labels import sample_item
-from common.models.reward_losses import token_reward_loss
-from common.models.token_reward import TokenRewardModel
+from common.models.query_score import query_features
+from common.models.reward_losses import token_reward_loss, without_class_weights
+from common.models.token_reward import (
+    TokenRewardModel,
+    load_token_reward_scorer,
+    save_token_reward_model,
+    word_probabilities,
+)
 from common.text import split_words
 from step2_token_reward.config import Step2Config, check_config
 from step2_token_reward.dataset import RewardCollator, RewardData, build_data
 from step2_token_reward.evaluation import METRIC_NAMES, held_out_metrics
 from tests.labelled_samples import RESPONSES, WORD_SCORES, annotate, labelled, sample
+from tests.models.reward_fixtures import EAGER, HISTORY
 from tests.reward_training import CLASS_WEIGHTS, Parts, tiny_parts, trainer_of
 
 X = IGNORE_LABEL
@@ -191,7 +199,7 @@ def logits_for(data: RewardData, wrong_token: int | None = None) -> list[torch.T
 
 
 def test_perfect_logits_have_perfect_metrics(bert: Parts) -> None:
-    metrics = held_out_metrics(
+    metrics, _ = held_out_metrics(
         zip(logits_for(bert.data), bert.data.held_out, strict=True), torch.tensor(CLASS_WEIGHTS), w=1.0
     )
     for level in ("token", "word"):
@@ -201,7 +209,7 @@ def test_perfect_logits_have_perfect_metrics(bert: Parts) -> None:
 
 def test_one_wrong_token_counts_as_one(bert: Parts) -> None:
     """The second token of "best running shoes" is a word of its own: label 2, said to be 0."""
-    metrics = held_out_metrics(
+    metrics, _ = held_out_metrics(
         zip(logits_for(bert.data, wrong_token=1), bert.data.held_out, strict=True), torch.tensor(CLASS_WEIGHTS), w=0.5
     )
     labels = [label for item in bert.data.held_out for label in item.labels if label != IGNORE_LABEL]
@@ -222,7 +230,7 @@ def test_a_word_of_two_tokens_is_judged_by_their_mean(bert: Parts) -> None:
     probabilities[first] = torch.tensor([0.5, 0.2, 0.3])
     probabilities[second] = torch.tensor([0.1, 0.8, 0.1])
     logits = (probabilities * torch.tensor(CLASS_WEIGHTS)).log()  # what the weighted loss makes of them
-    metrics = held_out_metrics([(logits, item)], torch.tensor(CLASS_WEIGHTS), w=0.5)
+    metrics, _ = held_out_metrics([(logits, item)], torch.tensor(CLASS_WEIGHTS), w=0.5)
     assert metrics["token_accuracy"] == 0.5
     assert metrics["word_accuracy"] == 1.0  # five characters of six: 0.433 against 0.3 and 0.267
     assert metrics["global_loss"] == pytest.approx(((0.2 + 2 * 0.3 + 0.8 + 2 * 0.1) / 4) ** 2, rel=1e-5)
@@ -233,6 +241,44 @@ def test_a_word_of_two_tokens_is_judged_by_their_mean(bert: Parts) -> None:
         "sentence_spearman", "sentence_auc", "token_auc", "word_auc",
         *(f"{level}_accuracy_{label}" for level in ("token", "word") for label in (1, 2)),
     }  # fmt: skip
+
+
+def test_a_query_rule_is_judged_on_what_it_was_not_fitted_to(bert: Parts) -> None:
+    """Query labels that have nothing to do with the words: a rule of five weights finds something in those it saw."""
+    rng = np.random.default_rng(0)
+    rows = labelled("train", RESPONSES) + labelled("dev", [f"best running shoes {place}" for place in range(30)])
+    data = build_data(rows, bert.encoder)
+    items = [replace(item, query_scores=[float(rng.integers(2))]) for item in data.held_out]
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(len(item.labels), 3, generator=generator) for item in items]
+    metrics, rule = held_out_metrics(zip(logits, items, strict=True), torch.ones(3), 0.5, learns_query_rule=True)
+    seen = [
+        (rule(query_features(item.encoded.words, word_probabilities(found, item.encoded).tolist(), 1)[0])
+         - item.query_scores[0]) ** 2
+        for found, item in zip(logits, items, strict=True)
+    ]  # fmt: skip
+    assert metrics["sentence_mse"] > 1.05 * np.mean(seen)
+    assert held_out_metrics(zip(logits, items, strict=True), torch.ones(3), 0.5)[1] is None
+
+
+def test_a_learned_query_rule_is_saved_and_scores_with_it(bert: Parts, tmp_path: Path) -> None:
+    trainer = trainer_of(bert, tmp_path / "run", learns_query_rule=True)
+    trainer.evaluate()
+    rule = trainer.query_rule
+    save_token_reward_model(
+        tmp_path / "model", trainer.model, bert.encoder.tokenizer, bert.encoder.options,
+        {"query_rule": rule._asdict(), "class_weights": CLASS_WEIGHTS},
+    )
+    plain = TokenRewardModel(trainer.model, bert.encoder, CLASS_WEIGHTS).score([HISTORY], ["best running shoes"])
+    learned = load_token_reward_scorer(str(tmp_path / "model"), EAGER).score([HISTORY], ["best running shoes"])
+    assert learned.words[0] == pytest.approx(plain.words[0], abs=1e-5)
+    item = bert.encoder.encode(HISTORY, "best running shoes")
+    with torch.no_grad():
+        logits = trainer.model.eval()(**bert.encoder.collate([item.tokens])).logits[0, : len(item.spans)]
+    classes = word_probabilities(without_class_weights(logits, torch.tensor(CLASS_WEIGHTS)), item)
+    (features,) = query_features(item.words, classes.tolist(), 1)
+    assert learned.queries[0] == pytest.approx([rule(features)], abs=1e-5)
+    assert learned.queries[0] != pytest.approx(plain.queries[0], abs=1e-3)
 
 
 def test_undefined_measures_are_not_logged_and_null_in_the_end(bert: Parts, tmp_path: Path) -> None:

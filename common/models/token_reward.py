@@ -24,7 +24,7 @@ from common.data.records import Event
 from common.errors import InputError, TrainingDiverged
 from common.files import read_json, write_json
 from common.models.loading import DTYPES, check_attention, load_fast_tokenizer
-from common.models.query_score import compose_query_scores
+from common.models.query_score import QueryRule, compose_query_scores
 from common.models.reward_encoder import EncodedResponse, RewardEncoder, RewardInputOptions
 from common.models.reward_losses import MAX_SCORE, judges_words, predicted_sentences, without_class_weights
 from common.text import split_queries
@@ -50,17 +50,22 @@ class TokenRewardModel:
     """Scores responses with `module`, a token classifier; one forward call a batch, whatever the batch holds.
 
     `class_weights` (3,), those of its local loss, are taken out of the outputs (`without_class_weights`). Queries are
-    judged by their words (`compose_query_scores`). A sentence-level model judges queries alone: each word then carries
-    its query's score, on the words' scale. `module` may be in DeepSpeed's hands: it is called as it is, on the device
-    that its weights are on.
+    judged by their words (`compose_query_scores` with `query_rule`). A sentence-level model judges queries alone: each
+    word then carries its query's score, on the words' scale. `module` may be in DeepSpeed's hands: it is called as it
+    is, on the device that its weights are on.
     """
 
     def __init__(
-        self, module: nn.Module, encoder: RewardEncoder, class_weights: Sequence[float] | None = None
+        self,
+        module: nn.Module,
+        encoder: RewardEncoder,
+        class_weights: Sequence[float] | None = None,
+        query_rule: QueryRule | None = None,
     ) -> None:
         self.module = module
         self.encoder = encoder
         self._class_weights = None if class_weights is None else torch.tensor(class_weights)
+        self._query_rule = query_rule
 
     @torch.no_grad()
     def score(self, histories: Sequence[Sequence[Event]], responses: Sequence[str]) -> RewardScores:
@@ -81,7 +86,7 @@ class TokenRewardModel:
             if judges_words(outputs):
                 classes = word_probabilities(outputs, item)
                 words.append((classes[:, 1] + MAX_SCORE * classes[:, 2]).tolist())
-                queries.append(compose_query_scores(item.words, classes.tolist(), num_queries))
+                queries.append(compose_query_scores(item.words, classes.tolist(), num_queries, self._query_rule))
             else:
                 queries.append(sentence_scores(outputs, item, num_queries))
                 rows = zip(item.words, seen, strict=True)
@@ -180,7 +185,8 @@ def load_token_reward_scorer(path: str, options: ModelOptions) -> TokenRewardMod
     model = load_token_reward_model(path, options, heads=heads)
     tokenizer = load_fast_tokenizer(path, options.trust_remote_code)
     class_weights = saved.get("class_weights") if heads == "token" else None
-    return TokenRewardModel(model.eval(), RewardEncoder(tokenizer, settings, model), class_weights)
+    rule = QueryRule(**saved["query_rule"]) if saved.get("query_rule") else None
+    return TokenRewardModel(model.eval(), RewardEncoder(tokenizer, settings, model), class_weights, rule)
 
 
 def save_token_reward_model(
