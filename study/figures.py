@@ -212,6 +212,8 @@ def axis(by_value: Mapping[float, Mapping[str, Mapping[int, Record]]], label: st
         axes_.set(xlabel=label, title=f"relevance rate, {title}")
         if logarithmic:
             axes_.set_xscale("log")
+            axes_.set_xticks(values, [f"{value:g}" for value in values])
+            axes_.minorticks_off()
     axes[0].legend(fontsize=8)
     return figure
 
