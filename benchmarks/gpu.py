@@ -65,7 +65,7 @@ def decode_shares(sizes: dict[str, int]) -> list[dict[str, float]]:
     rows_found = []
     for rows in ROWS:
         sampling = Sampling(PASSES + 2, samples=1)
-        step = DecodeStep(model, sampling, uniform_table(sampling, rows).to(device), rows, 512 + PASSES + 1)
+        step = DecodeStep(model, sampling, uniform_table(sampling, rows).to(device), rows, 512 + PASSES + 1, True)
         step.read([[5 + place % 1000 for place in range(512)]] * rows, 1, 0, range(rows))
         seconds = []
         for number in range(PASSES):

@@ -36,6 +36,7 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
         0, "As micro_batch_tokens, for a pass without gradients, which needs far less memory."
     )
     decode_rows: int = option(0, "Responses decoded at once, on each rank; 0: all of its rollout.")
+    cuda_graphs: bool = option(False, "Record decoding passes as CUDA graphs. Written, but not yet run on a GPU.")
     packed: str = option(
         "auto", "Rows of a pass one behind the other, without padding; auto: where flash attention skips the rest.",
         choices=["auto", "true", "false"],

@@ -128,6 +128,7 @@ def _choose_weights(models: Models, config: Step3Config) -> None:
         distributed.on_main_first(lambda: print(reason, flush=True))
     for hybrid in hybrids:
         hybrid.weights = "gathered" if mode == "auto" else mode
+        hybrid.graphs = config.cuda_graphs
 
 
 def _scores_in_pieces(actor: HybridEngine) -> bool:

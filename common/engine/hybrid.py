@@ -36,12 +36,14 @@ class HybridEngine:
 
     `weights` says how inference sees ZeRO-3 weights: `gathered` (whole on every rank: fast, needs memory for the
     model) or `sharded` (hooks stay on and gather layer by layer: slow, needs memory for one layer; all ranks must
-    then make the same number of forward calls). Stages 0 to 2 hold whole weights anyway.
+    then make the same number of forward calls). Stages 0 to 2 hold whole weights anyway. `graphs` lets `generate()`
+    record its passes on CUDA, unless weights are sharded.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, weights: WeightMode = "gathered") -> None:
         self.engine = engine
         self.weights = weights
+        self.graphs = False
         self._inside = False
 
     @property
@@ -90,7 +92,7 @@ class HybridEngine:
                 self.module, tokenizer, prompts, sampling, rows, any_rank=distributed.true_on_any_rank
             )
         with merged_adapters(self.module):
-            return generate_responses(self.module, tokenizer, prompts, sampling, rows)
+            return generate_responses(self.module, tokenizer, prompts, sampling, rows, graphs=self.graphs)
 
 
 @contextmanager

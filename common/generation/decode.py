@@ -58,12 +58,14 @@ class Decoder:
         eos_token_id: int,
         rows: int,
         any_rank: AnyRank | None = None,
+        graphs: bool = False,
     ) -> None:
         self._model = model
         self._prompts = prompts
         self._sampling = sampling
         self._eos = eos_token_id
         self._any_rank = any_rank
+        self._graphs = graphs
         self._drawn = [Drawn() for _ in range(len(prompts) * sampling.samples)]
         self._waiting = deque(sorted(range(len(prompts)), key=lambda place: -len(prompts[place])))
         self._rows = min(max(rows, sampling.samples), len(self._drawn))
@@ -75,7 +77,7 @@ class Decoder:
             longest = len(self._prompts[self._waiting[0]])
             uniforms = uniform_table(self._sampling, len(self._prompts)).to(self._model.device)
             columns = longest + self._sampling.max_new_tokens - 1
-            step = DecodeStep(self._model, self._sampling, uniforms, self._rows, columns)
+            step = DecodeStep(self._model, self._sampling, uniforms, self._rows, columns, self._graphs)
             enough = max(self._sampling.samples, self._rows // 4)  # free rows that make reading worth while
             while self._waiting or self._active:
                 if self._waiting and (not self._active or self._rows - len(self._active) >= enough):

@@ -36,14 +36,16 @@ def generate_responses(
     rows: int,
     progress: str = "",
     any_rank: AnyRank | None = None,
+    graphs: bool = False,
 ) -> list[Generated]:
     """`sampling.samples` responses to each prompt (token ids, not padded), prompt by prompt in their order.
 
     At most `rows` responses are decoded at once. The same prompts and sampling give the same responses, whatever `rows`
     is (to rounding: where two tokens are equally likely, the shape of a batch may decide), and no random state is
     touched. `progress` labels a progress bar; without it there is none. Where weights are sharded every rank must
-    make as many passes as the busiest: `any_rank` then says, before each, whether one still works. Raises `InputError`
-    for an empty prompt, settings out of range or a model that cannot be decoded this way.
+    make as many passes as the busiest: `any_rank` then says, before each, whether one still works. `graphs` records
+    passes on CUDA (`DecodeStep`). Raises `InputError` for an empty prompt, settings out of range or a model that cannot
+    be decoded this way.
     """
     if rows < 1:
         raise InputError(f"generation needs at least 1 row, not {rows}")
@@ -52,7 +54,7 @@ def generate_responses(
     # LoRA lives inside the base model's layers.
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     check_decodable(inner)
-    decoder = Decoder(inner, prompts, sampling, tokenizer.eos_token_id, rows, any_rank)
+    decoder = Decoder(inner, prompts, sampling, tokenizer.eos_token_id, rows, any_rank, graphs)
     bar = tqdm(total=len(prompts) * sampling.samples, desc=progress, disable=not progress)
     with bar, _generating(inner):
         drawn = decoder.run(bar.update)

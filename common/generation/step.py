@@ -16,16 +16,24 @@ GRAPH_COLUMNS = 128  # recorded passes attend to a multiple of so many columns, 
 class DecodeStep:
     """State of up to `rows` rows: next token, its position, which response it belongs to; and the passes over them.
 
-    `uniforms` (N, max_new_tokens) are the random numbers of all responses. On CUDA a pass over tokens is recorded as a
-    graph when its shape comes up the second time: launching the kernels of a small batch takes longer than they do.
+    `uniforms` (N, max_new_tokens) are the random numbers of all responses. With `graphs`, on CUDA, a pass over tokens
+    is recorded when its shape comes up the second time: launching the kernels of a small batch takes longer than they
+    do.
     """
 
     def __init__(
-        self, model: PreTrainedModel, sampling: Sampling, uniforms: torch.Tensor, rows: int, columns: int
+        self,
+        model: PreTrainedModel,
+        sampling: Sampling,
+        uniforms: torch.Tensor,
+        rows: int,
+        columns: int,
+        graphs: bool = False,
     ) -> None:
         device = model.device
         config = model.config.get_text_config()
         self.on_cuda = device.type == "cuda"
+        self._records = graphs and self.on_cuda
         self._model = model
         self._sampling = sampling
         self._uniforms = uniforms
@@ -68,7 +76,7 @@ class DecodeStep:
 
         Returns tokens and log-probs, (rows,).
         """
-        if not self.on_cuda:
+        if not self._records:
             return self._pass(rows, width)
         shape = _graph_shape(rows, width, len(self._tokens), self._columns)
         if shape not in self._graphs:
