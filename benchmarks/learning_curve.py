@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import matplotlib
 import numpy as np
-from scipy import stats
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.measuring import RESULTS, save
+from common.evaluation.statistics import t_estimate
 from common.tracking import read_metrics
 
 SEEDS, STEPS, LAST = (1, 2, 3, 4, 5), 20, 5
@@ -41,7 +41,7 @@ MEASURES = {"judge/relevance_rate": "relevance of the rollouts", "kl/per_sequenc
 
 
 def main() -> None:
-    """Train each way on every seed, two processes at a time; save and draw the curves."""
+    """Train each way on every seed; save and draw the curves."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="Folder of a finished main job on the embedded log.")
     run = parser.parse_args().run.resolve()
@@ -53,10 +53,9 @@ def main() -> None:
     for measure in MEASURES:
         rows = {way: np.array([[row[measure] for row in seed] for seed in curves[way]]) for way in WAYS}
         late = rows["on"][:, -LAST:].mean(axis=1) - rows["off"][:, -LAST:].mean(axis=1)
-        half = stats.t.ppf(0.975, len(SEEDS) - 1) * stats.sem(late)
+        difference = t_estimate(late.tolist())
         found[measure] = {
-            "on_minus_off": {"mean": float(late.mean()), "low": float(late.mean() - half),
-                             "high": float(late.mean() + half)},
+            "on_minus_off": {"mean": difference.value, "low": difference.low, "high": difference.high},
             "deviation_over_seeds_off": float(rows["off"][:, -LAST:].mean(axis=1).std(ddof=1)),
             **{way: values.tolist() for way, values in rows.items()},
         }  # fmt: skip

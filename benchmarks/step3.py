@@ -118,7 +118,7 @@ def tppo_steps(
     trainer, config, models = _trainer(folder, run, stage, shape, steps)
     trainer.train()
     peak = gemm_peak(torch.bfloat16 if cuda else torch.float32)
-    peak = distributed.sum_over_ranks(torch.tensor(peak, dtype=torch.float64))
+    peak = distributed.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=models.actor.module.device))
     rows = read_metrics(Path(config.output_dir) / "metrics.jsonl")[WARMUP:]
     phases = {name: statistics.median(row[name] for row in rows) for name in rows[0] if name.startswith("seconds/")}
     sizes = Sizes.of(models.actor.module.config)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from common.alignment import IGNORE_LABEL, NO_LINE
-from common.models.query_score import QueryRule, compose_query_scores, fit_query_rule, query_features
+from common.models.query_score import QueryRule, fit_query_rule, query_features, score_queries
 from common.models.reward_losses import NUM_CLASSES, judges_words, local_loss, without_class_weights
 from common.models.reward_metrics import classification_metrics, sentence_metrics
 from common.models.token_reward import query_index, seen_words, sentence_scores, word_probabilities
@@ -49,8 +49,8 @@ def held_out_metrics(
             seen = np.array(seen_words(item.encoded))
             word_rows.append(probabilities[seen].numpy())
             word_classes.append(np.array(item.word_labels)[seen])
-            judgements = item.encoded.words, probabilities.tolist(), len(item.query_scores)
-            composed, found = compose_query_scores(*judgements), query_features(*judgements)
+            found = query_features(item.encoded.words, probabilities.tolist(), len(item.query_scores))
+            composed = score_queries(found)
         for query in sorted(set(query_index(item.encoded)) - {NO_LINE}):
             trained.append(sentences[query])
             predicted.append(composed[query])

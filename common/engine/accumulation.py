@@ -18,8 +18,8 @@ def micro_batches(batch: SequenceBatch, index: torch.Tensor, size: int, token_bu
     """
     if token_budget == 0:
         return batch.by_length(index, size)
-    needed = torch.tensor(len(batch.by_tokens(index, token_budget)), device=index.device)
-    return batch.by_tokens(index, token_budget, blocks=int(distributed.max_over_ranks(needed)))
+    needed = distributed.largest_over_ranks(len(batch.by_tokens(index, token_budget)))
+    return batch.by_tokens(index, token_budget, blocks=needed)
 
 
 def accumulate(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor, last: bool) -> None:

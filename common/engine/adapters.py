@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -21,9 +20,6 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     untouched, also after an exception. Every weight must be whole on this rank.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    if not isinstance(model, PeftModel):
-        yield
-        return
     kept: list[tuple[nn.Parameter, torch.Tensor]] = []
     try:
         for layer in layers:

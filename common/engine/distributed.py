@@ -72,10 +72,15 @@ def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return largest
 
 
+def largest_over_ranks(value: int) -> int:
+    """The largest `value` of any rank; on a device that the process group can send from (NCCL: the GPU alone)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return int(max_over_ranks(torch.tensor(value, dtype=torch.int64, device=device)))
+
+
 def true_on_any_rank(flag: bool) -> bool:
     """Whether `flag` is true on at least one rank; the same answer on all of them."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return bool(max_over_ranks(torch.tensor(int(flag), device=device)))
+    return bool(largest_over_ranks(int(flag)))
 
 
 def on_main_first(task) -> None:

@@ -68,7 +68,7 @@ class HybridEngine:
         self._inside = True
         try:
             with ExitStack() as stack:
-                if self.engine.zero_optimization_partition_weights() and not self.is_sharded_in_inference:
+                if self.engine.zero_optimization_partition_weights() and self.weights == "gathered":
                     stack.enter_context(gathered_without_hooks(self.engine))
                 stack.enter_context(torch.no_grad())
                 self.module.eval()

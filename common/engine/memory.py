@@ -45,7 +45,7 @@ def free_bytes(device: torch.device) -> int:
 
 def weights_that_fit(needed: int, cache: int, free: int) -> tuple[WeightMode, str]:
     """How to see ZeRO-3 weights while generating, and why; the same on every rank. Sizes in bytes, of this rank."""
-    tightest = -int(distributed.max_over_ranks(torch.tensor(-free, dtype=torch.int64)))
+    tightest = -distributed.largest_over_ranks(-free)
     asked = HEADROOM * needed + cache
     mode: WeightMode = "gathered" if asked <= tightest else "sharded"
     return mode, (

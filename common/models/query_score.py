@@ -52,8 +52,12 @@ def compose_query_scores(
     query. A mean of word scores does not say so, and an output for queries learns it badly from one label a query
     (docs/results/findings.md). An annotator with another idea of a good query is met by a learned rule.
     """
-    found = query_features(words, probabilities, num_queries)
-    return [0.0 if of is None else of.conjunction if rule is None else rule(of) for of in found]
+    return score_queries(query_features(words, probabilities, num_queries), rule)
+
+
+def score_queries(features: Sequence[QueryFeatures | None], rule: QueryRule | None = None) -> list[float]:
+    """The scores of queries with these features, see `compose_query_scores`."""
+    return [0.0 if of is None else of.conjunction if rule is None else rule(of) for of in features]
 
 
 def query_features(
