@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -18,7 +17,7 @@ from common.engine.deepspeed_config import inference_config, training_config
 from common.engine.hybrid import HybridEngine
 from common.engine.memory import cache_bytes, free_bytes, gathered_bytes, weights_that_fit
 from common.models.loading import apply_lora, check_lengths, check_vocabulary, load_causal_lm
-from common.models.sequences import ScoringWay
+from common.models.sequences import ScoringWay, without_wrapper
 from common.models.token_reward import TokenRewardModel, load_token_reward_scorer
 from common.models.token_scores import VOCABULARY_PIECE, gives_logits_of_its_head
 from common.models.value_model import load_value_model
@@ -133,7 +132,7 @@ def _choose_weights(models: Models, config: Step3Config) -> None:
 
 def _scores_in_pieces(actor: HybridEngine) -> bool:
     """Whether full logits are worth avoiding and the model lets them be."""
-    inner = actor.module.get_base_model() if isinstance(actor.module, PeftModel) else actor.module
+    inner = without_wrapper(actor.module)
     if inner.config.get_text_config().vocab_size <= VOCABULARY_PIECE:
         return False
     with actor.inference():

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,6 +14,7 @@ from common.alignment import TokenDecoder
 from common.errors import InputError
 from common.generation.decode import AnyRank, Decoder, check_decodable
 from common.generation.sampling import Sampling
+from common.models.sequences import without_wrapper
 
 
 class Generated(NamedTuple):
@@ -51,8 +51,7 @@ def generate_responses(
         raise InputError(f"generation needs at least 1 row, not {rows}")
     if not all(prompts):
         raise InputError("an empty prompt: give at least one token (a template must not render to nothing)")
-    # LoRA lives inside the base model's layers.
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = without_wrapper(model)
     check_decodable(inner)
     decoder = Decoder(inner, prompts, sampling, tokenizer.eos_token_id, rows, any_rank, graphs)
     bar = tqdm(total=len(prompts) * sampling.samples, desc=progress, disable=not progress)

@@ -118,12 +118,10 @@ def response_scores(
     ids = batch.response_ids
     arguments = forward_arguments(module, batch, way.packed)
     if way.in_pieces:
-        inner = module.get_base_model() if hasattr(module, "get_base_model") else module
-
         def score(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             return torch.stack(token_scores_from_hidden(hidden, weight, bias, ids, temperature), dim=-1)
 
-        with scoring_head(inner, score):
+        with scoring_head(without_wrapper(module), score):
             logprobs, entropy = forward(**arguments).logits.unbind(-1)
         entropy = entropy if entropy_gradient else entropy.detach()
     else:
@@ -160,25 +158,32 @@ def forward_arguments(module: nn.Module, batch: SequenceBatch, packed: bool = Fa
     Packed, all rows stand behind each other in one without any padding: where positions begin anew, so does a sequence,
     which transformers tells the attention kernel.
     """
-    real = batch.attention_mask.bool()
-    arguments: dict[str, Any] = {"input_ids": batch.input_ids[real].unsqueeze(0) if packed else batch.input_ids}
+    arguments: dict[str, Any] = {"input_ids": _laid_out(batch.input_ids, batch, packed)}
     if packed:
-        arguments["position_ids"] = (batch.attention_mask.cumsum(1) - 1)[real].unsqueeze(0)
+        arguments["position_ids"] = _laid_out(batch.attention_mask.cumsum(1) - 1, batch, packed)
     if accepts(module, "use_cache"):
         arguments["use_cache"] = False
     if accepts(module, "logits_to_keep"):
-        arguments["logits_to_keep"] = batch.predicting[real].unsqueeze(0) if packed else batch.predicting
+        arguments["logits_to_keep"] = _laid_out(batch.predicting, batch, packed)
     return arguments
 
 
 def hidden_of_predictions(trunk: nn.Module, batch: SequenceBatch, packed: bool = False) -> torch.Tensor:
     """The trunk's last hidden states where a response token is predicted, row by row: (M, H)."""
     hidden = trunk(**forward_arguments(trunk, batch, packed)).last_hidden_state
-    predicting = batch.predicting[batch.attention_mask.bool()].unsqueeze(0) if packed else batch.predicting
-    return hidden[predicting]
+    return hidden[_laid_out(batch.predicting, batch, packed)]
+
+
+def _laid_out(tensor: torch.Tensor, batch: SequenceBatch, packed: bool) -> torch.Tensor:
+    """A (B, L) tensor as the model reads it: as it is, or packed its real tokens in one row."""
+    return tensor[batch.attention_mask.bool()].unsqueeze(0) if packed else tensor
 
 
 def accepts(module: nn.Module, argument: str) -> bool:
     """Whether the model's forward names `argument`; a peft wrapper passes on to the model inside."""
-    inner = module.get_base_model() if hasattr(module, "get_base_model") else module
-    return argument in inspect.signature(inner.forward).parameters
+    return argument in inspect.signature(without_wrapper(module).forward).parameters
+
+
+def without_wrapper(module: nn.Module) -> nn.Module:
+    """The model itself where peft wraps it; adapters live inside its layers."""
+    return module.get_base_model() if hasattr(module, "get_base_model") else module
