@@ -83,6 +83,45 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
             yield number, row
 
 
+def mend_last_line(path: str | Path, row_start: bytes) -> None:
+    """Make `path`, a file of JSON lines that each begin with `row_start`, or none yet, end with a complete line.
+
+    A last line without its line break was being written when a run was killed: half of a row is cut off, a whole one
+    gets its line break. Raises `InputError`, and leaves the file alone, if the line is no part of such a row.
+    """
+    path = Path(path)
+    path.touch()
+    with path.open("rb+") as stream:
+        line = _after_last_break(stream)
+        if line[: len(row_start)] != row_start[: len(line)]:
+            raise InputError(f"{path}: the last line is none of this project's rows; choose another file")
+        if _is_json(line):
+            stream.write(b"\n")
+        elif line:
+            stream.truncate(stream.seek(-len(line), os.SEEK_END))
+            print(f"{path}: cut off a half-written last line")
+
+
+def _after_last_break(stream: IO[bytes]) -> bytes:
+    """What follows the last line break; the stream stands at its end afterwards."""
+    start = stream.seek(0, os.SEEK_END)
+    line = b""
+    while start and b"\n" not in line:
+        length = min(start, 1 << 16)
+        start = stream.seek(start - length)
+        line = stream.read(length) + line
+    stream.seek(0, os.SEEK_END)
+    return line.rpartition(b"\n")[2]
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
 def digest(*parts: str) -> str:
     """Sixteen hexadecimal digits that identify a sequence of texts (SHA-256, length-prefixed parts)."""
     hasher = hashlib.sha256()

@@ -7,7 +7,11 @@
 #   --run_name NAME       folder outputs/NAME (default: demo, or log with --log)
 #   --log_format FORMAT   of all logs (default: by file name)
 #   --model PATH          base model: a folder or hub name (default: a tiny random one, made from the log)
-#   --annotator NAME      simulated or lexical (default: simulated, or lexical with --log)
+#   --annotator NAME      simulated, lexical or llm (default: simulated, or lexical with --log)
+#   --base_url URL        with llm: the OpenAI-compatible endpoint, such as http://localhost:8000/v1 (docs/ai_feedback.md)
+#   --annotator_model M   with llm: the model's name there
+#   --judge_model M       with llm: the model that judges in the report (default: the annotator, which the report warns of)
+#   --llm_flags "FLAGS"   with llm: more flags for label.py and the report, such as "--concurrency 64 --allow_remote"
 #   --num_gpus N, --hostfile FILE     passed to the deepspeed launcher
 #   --seed N              of every random choice (default 0)
 #   --miniature           a few minutes' check of every stage; its table means nothing
@@ -16,7 +20,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-logs=() run_name="" log_format=auto model="" annotator="" seed=0 miniature="" resume="" overwrite="" launcher=()
+logs=() run_name="" log_format=auto model="" annotator="" base_url="" annotator_model="" judge_model="" llm_flags=() seed=0 miniature="" resume="" overwrite="" launcher=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --resume) resume=yes; shift; continue ;;
@@ -31,6 +35,10 @@ while [ $# -gt 0 ]; do
         --log_format) log_format="$2" ;;
         --model) model="$2" ;;
         --annotator) annotator="$2" ;;
+        --base_url) base_url="$2" ;;
+        --annotator_model) annotator_model="$2" ;;
+        --judge_model) judge_model="$2" ;;
+        --llm_flags) read -r -a llm_flags <<< "$2" ;;
         --seed) seed="$2" ;;
         --num_gpus|--hostfile) launcher+=("$1" "$2") ;;
         *) echo "error: run_all.sh knows no flag $1 (see --help)" >&2; exit 2 ;;
@@ -46,6 +54,14 @@ if [ ${#logs[@]} -eq 0 ]; then
 else
     run_name="${run_name:-log}" annotator="${annotator:-lexical}"
     [ "$annotator" != simulated ] || { echo "error: only the embedded log has a truth for --annotator simulated" >&2; exit 2; }
+fi
+asked=("$base_url" "$annotator_model" "$judge_model" ${llm_flags[@]+"${llm_flags[@]}"})
+if [ "$annotator" = llm ]; then
+    [ -n "$base_url" ] && [ -n "$annotator_model" ] || { echo "error: --annotator llm needs --base_url and --annotator_model" >&2; exit 2; }
+    judge_model="${judge_model:-$annotator_model}"
+elif [ -n "${asked[*]// /}" ]; then
+    echo "error: --base_url, --annotator_model, --judge_model and --llm_flags are for --annotator llm" >&2
+    exit 2
 fi
 [[ "$run_name" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || { echo "error: --run_name may hold letters, digits, . _ -" >&2; exit 2; }
 
@@ -80,8 +96,8 @@ prompt_tokens=160 response_tokens=32
 if [ ${#logs[@]} -gt 0 ]; then
     prompt_tokens=256 response_tokens=96
     data_flags+=(--windows 0)
-    reward_flags+=(--query_rule learned)  # what a good query is, is the annotator's to say
 fi
+[ "$annotator" = simulated ] || reward_flags+=(--query_rule learned)  # what a good query is, is the annotator's to say
 if [ -n "$miniature" ]; then
     log_flags=(--num_users 160)
     sft_flags+=(--num_train_epochs 1)
@@ -96,6 +112,15 @@ if [ "$annotator" = simulated ]; then
     truth=(--truth "$run/log/truth.jsonl")
     # People agreed with the paper's annotator on 91.18 % of the words.
     label_flags+=(--word_error_rate 0.09)
+fi
+reward_annotator="$annotator" judge_flags=()
+if [ "$annotator" = llm ]; then
+    reward_annotator="$annotator_model"
+    label_flags+=(--base_url "$base_url" --model "$annotator_model" ${llm_flags[@]+"${llm_flags[@]}"})
+    judge_flags=(--base_url "$base_url" --model "$judge_model" ${llm_flags[@]+"${llm_flags[@]}"})
+    for asked_model in "$annotator_model" "$judge_model"; do
+        python -m common.feedback.llm.check --base_url "$base_url" --model "$asked_model" ${llm_flags[@]+"${llm_flags[@]}"}
+    done
 fi
 
 if [ ${#logs[@]} -eq 0 ]; then
@@ -119,6 +144,14 @@ stage step2_sample launch step2_token_reward/sample.py ${launcher[@]+"${launcher
 samples="$run/step2_token_reward/samples/samples.jsonl" labels="$run/step2_token_reward/labels.jsonl"
 stage step2_label python -m step2_token_reward.label --samples "$samples" --labels "$labels" --seed "$seed" \
     --annotator "$annotator" ${truth[@]+"${truth[@]}"} ${label_flags[@]+"${label_flags[@]}"}
+if [ "$annotator" = llm ]; then
+    # How steady the annotator is: a twentieth of the samples in other words.
+    second="$run/step2_token_reward/labels_second.jsonl"
+    stage step2_label_second python -m step2_token_reward.label --samples "$samples" --labels "$second" --seed "$seed" \
+        --annotator llm --template label_terse_v1 --share 0.05 "${label_flags[@]}"
+    stage step2_agreement python -m step2_token_reward.agreement --samples "$samples" --labels "$labels" \
+        --reference "$second" --output "$run/step2_token_reward/agreement.json"
+fi
 stage step2_reward launch step2_token_reward/main.py ${launcher[@]+"${launcher[@]}"} \
     --config "step2_token_reward/configs/$preset.yaml" --model_name_or_path "$run/step1_sft/model" \
     --samples "$samples" --labels "$labels" --output_dir "$run/step2_token_reward/reward" --seed "$seed" --resume \
@@ -131,7 +164,8 @@ rm -f "$run/stages/evaluate.json" # a report is cheap, and it takes the other st
 stage evaluate python -m common.evaluation.evaluate --data_dir "$run/data" --output_dir "$run" --overwrite \
     --systems "sft=$run/step1_sft/model" "tppo=$run/step3_tppo/model" --prompt_template compact --seed "$seed" \
     --max_prompt_tokens "$prompt_tokens" --max_new_tokens "$response_tokens" --temperature 0.7 --timings "$run"/stages/*.json \
-    --annotator "$annotator" --reward_annotator "$annotator" ${truth[@]+"${truth[@]}"} \
+    --annotator "$annotator" --reward_annotator "$reward_annotator" ${truth[@]+"${truth[@]}"} \
+    ${judge_flags[@]+"${judge_flags[@]}"} \
     ${report_flags[@]+"${report_flags[@]}"}
 
 cat <<END

@@ -34,6 +34,18 @@ def has_private_data(text: str) -> bool:
     return _PRIVATE.search(unicodedata.normalize("NFKC", text)) is not None
 
 
+def mask_private(text: str) -> str:
+    """`text` with each character of private data replaced by `*`, white space aside: places and words stay.
+
+    Where only the compatibility form shows private data (full-width digits), which may be of another length, every
+    character is replaced.
+    """
+    if not has_private_data(text):
+        return text
+    masked = _PRIVATE.sub(lambda match: _stars(match.group()), text)
+    return _stars(text) if has_private_data(masked) else masked
+
+
 def mask_url(url: str) -> str:
     """`url`, percent escapes decoded, with private data replaced by `*`; a URL without any is returned as it is.
 
@@ -58,3 +70,7 @@ def frequent_queries(records: Iterable[Record], min_users: int) -> frozenset[str
             if len(issuers) < min_users:
                 issuers.add(record.user_id)
     return frozenset(query for query, issuers in users.items() if len(issuers) >= min_users)
+
+
+def _stars(text: str) -> str:
+    return "".join(char if char.isspace() else MASK for char in text)

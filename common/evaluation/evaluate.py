@@ -27,9 +27,11 @@ from common.data.prompts import PromptBuilder
 from common.data.records import SPLITS, Example
 from common.errors import InputError, run_command
 from common.evaluation.generate import generate_rows, load_generator
+from common.evaluation.judging import judge_systems
 from common.evaluation.report import render_markdown, render_terminal
 from common.evaluation.statistics import estimate_means
 from common.evaluation.summary import (
+    Interval,
     Row,
     compare,
     find_warnings,
@@ -38,8 +40,10 @@ from common.evaluation.summary import (
     score_rows,
     summarise,
 )
-from common.feedback.annotator import Annotator
-from common.feedback.load import ANNOTATORS, load_annotator
+from common.feedback.annotator import Annotator, BatchAnnotator
+from common.feedback.llm.annotator import LLMAnnotator
+from common.feedback.llm.options import EndpointOptions
+from common.feedback.load import ANNOTATORS, LLM, LLM_TEMPLATE, open_annotator
 from common.files import atomic_write, read_json, write_json, write_jsonl
 
 REPORT_NAME = "report.json"
@@ -48,7 +52,7 @@ _SYSTEM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass
-class EvaluateConfig(ModelOptions):
+class EvaluateConfig(EndpointOptions, ModelOptions):
     """Compare systems (model folders) on held-out users and write report.json and report.md."""
 
     data_dir: str = option("", "Folder with train.jsonl, dev.jsonl and test.jsonl.")
@@ -57,11 +61,11 @@ class EvaluateConfig(ModelOptions):
     )
     output_dir: str = option("", "Folder of the run; report.json, report.md and generations/ are written there.")
     overwrite: bool = option(False, "Replace the report that output_dir holds.")
-    annotator: str = option("lexical", "Who judges words and queries.", choices=list(ANNOTATORS))
+    annotator: str = option("lexical", "Who judges words and queries.", choices=[*ANNOTATORS, LLM])
     truth: str = option("", "Latent truth of the simulated log; the annotator 'simulated' reads it.")
     reward_annotator: str = option(
-        "", "Annotator whose labels trained the reward model; the report warns when it is the judge too.",
-        choices=["", *ANNOTATORS],
+        "", "Annotator whose labels trained the reward model (of llm: its model's name); the report warns when it is "
+        "the judge too.",
     )
     split: str = option("test", "Whose examples are used.", choices=list(SPLITS))
     max_examples: int = option(0, "Use a random sample of this many examples; 0 uses all.")
@@ -92,12 +96,16 @@ def main() -> None:
     timings = read_timings(config.timings)
     output_dir = claim_report(config.output_dir, config.overwrite)
     examples = choose_examples(load_examples(config.data_dir, config.split), config.max_examples, config.seed)
-    annotator = load_annotator(config.annotator, truth_path=config.truth, seed=config.seed)
-
-    rows = {name: generate_and_score(name, path, examples, annotator, config) for name, path in systems.items()}
-    gold = score_rows(examples, gold_rows(examples), annotator)
-
-    report = build_report(config, examples, rows, gold)
+    with open_annotator(
+        config.annotator, truth_path=config.truth, seed=config.seed, endpoint=config, template=LLM_TEMPLATE,
+        answers=config.answers or output_dir / "judge_answers.jsonl",
+    ) as annotator:  # fmt: skip
+        rows = {name: generate_and_score(name, path, examples, annotator, config) for name, path in systems.items()}
+        gold = score_rows(examples, gold_rows(examples), annotator, f"judge {GOLD}")
+        report = build_report(config, examples, rows, gold)
+        if isinstance(annotator, LLMAnnotator):
+            main_rows = {name: of_system[decodings_of(config)[0]] for name, of_system in rows.items()}
+            report["judge"] = judge_systems(annotator, examples, main_rows, interval_of(config), config.num_queries)
     report["timings"] = {**timings, "evaluation": round(time.perf_counter() - started, 3)}
     with atomic_write(output_dir / "report.md") as stream:
         stream.write(render_markdown(report, choose_shown(examples, rows, config)))
@@ -106,7 +114,7 @@ def main() -> None:
 
 
 def generate_and_score(
-    name: str, path: str, examples: Sequence[Example], annotator: Annotator, config: EvaluateConfig
+    name: str, path: str, examples: Sequence[Example], annotator: Annotator | BatchAnnotator, config: EvaluateConfig
 ) -> dict[str, list[Row]]:
     """Scored rows of one system for each decoding, also written under `generations/`."""
     model, tokenizer = load_generator(path, config)
@@ -118,7 +126,7 @@ def generate_and_score(
             max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, seed=config.seed,
             progress=f"{name}, {decoding}",
         )
-        rows[decoding] = score_rows(examples, generated, annotator)
+        rows[decoding] = score_rows(examples, generated, annotator, f"judge {name}, {decoding}")
         write_jsonl(Path(config.output_dir) / "generations" / f"{name}_{decoding}.jsonl", rows[decoding])
     return rows
 
@@ -133,7 +141,7 @@ def build_report(
     """
     main_decoding, *beside = decodings_of(config)
     users = [example.user_id for example in examples]
-    interval = partial(estimate_means, resamples=config.resamples, seed=config.seed)
+    interval = interval_of(config)
     k = config.num_queries
     tables = {
         name: {decoding: measure_table(examples, of_decoding, k) for decoding, of_decoding in of_system.items()}
@@ -161,8 +169,8 @@ def build_report(
         "systems": {name: nested(of_decoding) for name, of_decoding in metrics.items()},
         "references": {GOLD: summarise(measure_table(examples, gold, k), gold, users, interval, k)},
         "comparisons": {pair: nested(of_decoding) for pair, of_decoding in comparisons.items()},
-        "warnings": find_warnings(metrics, config.annotator, config.reward_annotator),
-        "annotator": config.annotator,
+        "warnings": find_warnings(metrics, judge_name(config), config.reward_annotator),
+        "annotator": judge_name(config),
         "num_queries": k,
         "data": {"split": config.split, "examples": len(examples), "users": len(set(users))},
         "decoding": {
@@ -177,6 +185,16 @@ def build_report(
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         },
     }
+
+
+def judge_name(config: EvaluateConfig) -> str:
+    """The annotator, a language model by its own name."""
+    return config.model if config.annotator == LLM else config.annotator
+
+
+def interval_of(config: EvaluateConfig) -> Interval:
+    """`estimate_means` with the report's resamples and seed."""
+    return partial(estimate_means, resamples=config.resamples, seed=config.seed)
 
 
 def decodings_of(config: EvaluateConfig) -> list[str]:

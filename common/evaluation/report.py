@@ -69,6 +69,10 @@ def render_terminal(report: Mapping[str, Any], location: str) -> str:
         blocks.append("\n".join(_align([[f"{decoding} decoding", *header], *rows])))
     if len(names) > 1:
         blocks.append("\n".join(_align(_comparison_rows(report))))
+    if report.get("judge"):
+        blocks += ["\n".join(_align(_relevance_rows(report["judge"])))]
+        if report["judge"]["comparisons"]["sentence"]:
+            blocks += ["\n".join(_align(_verdict_rows(report["judge"])))]
     blocks += [textwrap.fill(f"warning: {warning}", _TERMINAL_WIDTH) for warning in report["warnings"]]
     return "\n\n".join([*blocks, f"report: {location}"])
 
@@ -93,6 +97,8 @@ def render_markdown(report: Mapping[str, Any], shown: Sequence[Mapping[str, Any]
             "relevance rates.",
             _table(header, rows),
         ]
+    if report.get("judge"):
+        parts += _judge_parts(report["judge"])
     timings = [[stage, f"{seconds:.1f}"] for stage, seconds in report["timings"].items()]
     parts += ["## Time", _table(["stage", "seconds"], timings)]
     if shown:
@@ -153,6 +159,46 @@ def _comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _judge_parts(judge: Mapping[str, Any]) -> list[str]:
+    header, *rows = _relevance_rows(judge)
+    parts = [
+        "## The judge's two templates",
+        f"{escape(judge['model'])}, main decoding. Level words: words are scored before queries and verdicts; level "
+        "sentence: whole queries alone.",
+        _table(header, rows),
+    ]
+    if judge["comparisons"]["sentence"]:
+        header, *rows = _verdict_rows(judge)
+        parts += [
+            "Each pair of lists was asked about in both orders; the same winner twice wins, anything else is a tie. "
+            "Flips: the two orders disagreed. Failures: answers without a valid form, whose items are in no share.",
+            _table(header, rows),
+        ]
+    return parts
+
+
+def _relevance_rows(judge: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["judge", "level", "relevance rate", "failures"]]
+    for level, systems in judge["relevance"].items():
+        for name, result in systems.items():
+            rows.append([name, level, format_estimate(result["relevance_rate"]), _percent(result["failure_rate"])])
+    return rows
+
+
+def _verdict_rows(judge: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["verdicts", "level", "win", "tie", "lose", "flips", "failures", "equal lists"]]
+    for level, pairs in judge["comparisons"].items():
+        for pair, result in pairs.items():
+            shares = [format_estimate(result[name]) for name in ("win", "tie", "lose")]
+            trust = [_percent(result["flip_rate"]), _percent(result["failure_rate"]), str(result["equal_lists"])]
+            rows.append([pair.replace("_vs_", " vs "), level, *shares, *trust])
+    return rows
+
+
+def _percent(share: float | None) -> str:
+    return _ABSENT if share is None else f"{share:.1%}"
+
+
 def _of_decoding(report: Mapping[str, Any], value: Mapping[str, Any], decoding: str) -> Mapping[str, Any]:
     return value if decoding == report["decoding"]["main"] else value[decoding]
 
@@ -168,6 +214,8 @@ def _render_example(number: int, example: Mapping[str, Any]) -> str:
 
 
 def _scored_lines(row: Mapping[str, Any]) -> list[str]:
+    if row["queries"] is None:
+        return [f"{escape(query)} (no valid answer of the judge)" for query in split_queries(row["response"])]
     cells = [
         f"{escape(query) or '(empty line)'} **{score}** ({', '.join(map(str, words))})"
         for query, score, words in zip(split_queries(row["response"]), row["queries"], row["words"], strict=True)

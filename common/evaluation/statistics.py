@@ -66,8 +66,13 @@ def estimate_means(values: np.ndarray, users: Sequence[str], resamples: int, see
 
 
 def paired_outcomes(later: np.ndarray, earlier: np.ndarray) -> np.ndarray:
-    """Win, tie and lose of each item as columns of 0 and 1: (N, 3) from two systems' values (N,) on the same items."""
-    return np.stack([later > earlier, later == earlier, later < earlier], axis=1).astype(float)
+    """Win, tie and lose of each item as columns of 0 and 1: (N, 3) from two systems' values (N,) on the same items.
+
+    An item on which a value is undefined (NaN) has no outcome: its row is NaN.
+    """
+    outcomes = np.stack([later > earlier, later == earlier, later < earlier], axis=1).astype(float)
+    outcomes[np.isnan(later) | np.isnan(earlier)] = np.nan
+    return outcomes
 
 
 def crossed_estimate(values: np.ndarray, resamples: int, seed: int) -> Estimate:

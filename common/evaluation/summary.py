@@ -14,13 +14,22 @@ import numpy as np
 from common.data.records import Example
 from common.evaluation import metrics
 from common.evaluation.statistics import Estimate, paired_outcomes
-from common.feedback.annotator import Annotator, FeedbackItem, check_annotation
+from common.feedback.annotator import (
+    Annotation,
+    Annotator,
+    BatchAnnotator,
+    FeedbackItem,
+    Unlabelled,
+    annotate_all,
+    check_annotation,
+)
 from common.text import split_queries
 
 MEASURES = (
     "relevance_rate", "unique_relevance_rate", "mean_word_score", "recall", "recall_new", "recall_repeated",
     "token_f1", "copy_rate", "duplicate_rate", "words_per_query", "tokens_per_response", "format_error_rate",
 )
+JUDGED_MEASURES = MEASURES[:3]  # the annotator's; the others are read off the texts
 CORPUS_MEASURES = ("distinct_1", "distinct_2")
 # A change of a share by more than this from the first system to the last is worth a warning.
 MARKED_CHANGE = 0.05
@@ -31,21 +40,32 @@ Metrics = dict[str, dict[str, Any]]
 Interval = Callable[[np.ndarray, Sequence[str]], list[Estimate]]
 
 
-def score_rows(examples: Sequence[Example], rows: Sequence[Row], annotator: Annotator) -> list[Row]:
+def score_rows(
+    examples: Sequence[Example], rows: Sequence[Row], annotator: Annotator | BatchAnnotator, progress: str = ""
+) -> list[Row]:
     """Rows of `generate_rows` with the annotator's scores: `words` (a list for each line) and `queries` (one a line).
 
-    Raises `ValueError` for an annotation that does not fit its response.
+    Both are None where the annotator gave no valid answer; what they decide is then undefined, not 0. Raises
+    `ValueError` for an annotation that does not fit its response.
     """
-    scored: list[Row] = []
-    for example, row in zip(examples, rows, strict=True):
-        item = FeedbackItem(
+    items = [
+        FeedbackItem(
             example_id=example.id, user_id=example.user_id, history=example.history, targets=example.targets,
             response=row["response"],
         )
-        annotation = annotator.annotate(item)
-        check_annotation(annotation, row["response"])
-        words = [list(scores) for scores in annotation.word_scores]
-        scored.append({**row, "user_id": example.user_id, "words": words, "queries": list(annotation.query_scores)})
+        for example, row in zip(examples, rows, strict=True)
+    ]  # fmt: skip
+    scored: list[Row] = [
+        {**row, "user_id": item.user_id, "words": None, "queries": None} for item, row in zip(items, rows, strict=True)
+    ]
+
+    def done(place: int, result: Annotation | Unlabelled) -> None:
+        if isinstance(result, Annotation):
+            check_annotation(result, items[place].response)
+            scored[place]["words"] = [list(scores) for scores in result.word_scores]
+            scored[place]["queries"] = list(result.query_scores)
+
+    annotate_all(annotator, items, done, progress)
     return scored
 
 
@@ -130,10 +150,15 @@ def _measure_row(example: Example, row: Row, k: int) -> dict[str, float | None]:
     queries = split_queries(row["response"])
     searched = [event.query or "" for event in example.history if event.type == "search"]
     new, repeated = metrics.new_and_repeated(example.targets, searched)
+    judged: dict[str, float | None] = dict.fromkeys(JUDGED_MEASURES)
+    if row["queries"] is not None:
+        judged = {
+            "relevance_rate": metrics.relevance_rate(row["queries"], k),
+            "unique_relevance_rate": metrics.unique_relevance_rate(queries, row["queries"], k),
+            "mean_word_score": metrics.mean_word_score(row["words"], k),
+        }
     return {
-        "relevance_rate": metrics.relevance_rate(row["queries"], k),
-        "unique_relevance_rate": metrics.unique_relevance_rate(queries, row["queries"], k),
-        "mean_word_score": metrics.mean_word_score(row["words"], k),
+        **judged,
         "recall": metrics.target_recall(queries, example.targets, k),
         "recall_new": metrics.target_recall(queries, new, k),
         "recall_repeated": metrics.target_recall(queries, repeated, k),

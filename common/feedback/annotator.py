@@ -6,9 +6,11 @@ score is at least `RELEVANT_FROM`. In every annotator a word that its query said
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+from tqdm import tqdm
 
 from common.data.records import Event
 from common.text import STOP_WORDS, Word, normalise, split_queries, split_words
@@ -36,14 +38,60 @@ class Annotation:
     query_scores: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Unlabelled:
+    """Why a response has no annotation, and what the annotator said instead. It is never a score of 0."""
+
+    reason: str
+    replies: tuple[str, ...] = ()
+
+
 class Annotator(Protocol):
-    """Scores responses. `name` tells it apart from every annotator that would score otherwise."""
+    """Scores one response after another. `name` tells it apart from every annotator that would score otherwise."""
 
     name: str
 
     def annotate(self, item: FeedbackItem) -> Annotation:
         """The scores of `item.response`; they fit it as `check_annotation` demands."""
         ...
+
+
+@runtime_checkable
+class BatchAnnotator(Protocol):
+    """Scores many responses at a time, and may fail on some."""
+
+    name: str
+
+    def annotate_all(
+        self,
+        items: Sequence[FeedbackItem],
+        done: Callable[[int, Annotation | Unlabelled], None],
+        progress: str,
+        before: int = 0,
+    ) -> None:
+        """Call `done(place, annotation)` once for each item, in any order.
+
+        `progress` names the progress bar, and `before` counts items that were annotated in an earlier run.
+        """
+        ...
+
+
+def annotate_all(
+    annotator: Annotator | BatchAnnotator,
+    items: Sequence[FeedbackItem],
+    done: Callable[[int, Annotation | Unlabelled], None],
+    progress: str,
+    before: int = 0,
+) -> None:
+    """`BatchAnnotator.annotate_all`, for either kind of annotator; one that computes shows no bar without a name."""
+    if isinstance(annotator, BatchAnnotator):
+        annotator.annotate_all(items, done, progress, before)
+        return
+    bar = tqdm(
+        items, desc=progress, unit="record", initial=before, total=before + len(items), disable=not progress
+    )
+    for place, item in enumerate(bar):
+        done(place, annotator.annotate(item))
 
 
 def words_by_query(response: str) -> list[list[Word]]:

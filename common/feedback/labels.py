@@ -2,7 +2,8 @@
 
 A sample row: {"id", "example_id", "user_id", "group", "split", "origin", "history", "targets", "response", "finished"}.
 A label row: {"id", "sample_digest", "annotator", "words": [[0, 2], ...], "queries": [1, ...]}, one line a sample; the
-digest binds it to the sample's response.
+digest binds it to the sample's response. Samples that an annotator could not label stand in a quarantine file beside
+the labels, each with the reason.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from common.data.records import Event
 from common.errors import InputError
-from common.feedback.annotator import Annotation, FeedbackItem, check_annotation
+from common.feedback.annotator import Annotation, FeedbackItem, Unlabelled, check_annotation
 from common.files import digest, read_jsonl
 
 _TEXT_FIELDS = ("id", "example_id", "user_id", "group", "split", "origin", "response")
@@ -62,6 +63,38 @@ def label_row(sample: dict[str, Any], annotator: str, annotation: Annotation) ->
     }
 
 
+def quarantine_path(labels_path: str | Path) -> Path:
+    """Where the samples stand that an annotator could not label: `labels.jsonl` -> `labels.quarantine.jsonl`."""
+    return Path(labels_path).with_suffix(".quarantine.jsonl")
+
+
+def quarantine_row(sample: dict[str, Any], annotator: str, failure: Unlabelled) -> dict[str, Any]:
+    """The quarantine row of a sample: why it has no label, and what the annotator answered."""
+    return {
+        "id": sample["id"],
+        "sample_digest": digest(sample["id"], sample["response"]),
+        "annotator": annotator,
+        "reason": failure.reason,
+        "replies": list(failure.replies),
+    }
+
+
+def read_quarantine(labels_path: str | Path, samples: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Reasons by id of the samples that were given up; empty without a quarantine file.
+
+    Raises `InputError` for a row that belongs to other samples.
+    """
+    path = quarantine_path(labels_path)
+    reasons: dict[str, str] = {}
+    for number, row in read_jsonl(path) if path.is_file() else ():
+        id_ = row.get("id")
+        sample = samples.get(id_) if isinstance(id_, str) else None
+        if sample is None or row.get("sample_digest") != digest(sample["id"], sample["response"]):
+            raise InputError(f"{path}:{number}: {id_!r} belongs to another sample file; remove this file")
+        reasons[id_] = str(row.get("reason"))
+    return reasons
+
+
 def read_existing_labels(
     labels_path: str | Path, samples: dict[str, dict[str, Any]], *, annotator: str | None = None
 ) -> dict[str, Annotation]:
@@ -94,19 +127,21 @@ def read_existing_labels(
 
 
 def read_labels(samples_path: str | Path, labels_path: str | Path) -> list[tuple[dict[str, Any], Annotation]]:
-    """Each sample row with its annotation, in the order of the samples.
+    """Each sample row with its annotation, in the order of the samples; those in quarantine are left out.
 
-    Raises `InputError` where the labels do not fit (see `read_existing_labels`) or a sample has none.
+    Raises `InputError` where the labels do not fit (see `read_existing_labels`) or a sample has neither a label nor a
+    place in quarantine.
     """
     samples = read_samples(samples_path)
     labels = read_existing_labels(labels_path, samples)
-    missing = [id_ for id_ in samples if id_ not in labels]
+    quarantined = read_quarantine(labels_path, samples)
+    missing = [id_ for id_ in samples if id_ not in labels and id_ not in quarantined]
     if missing:
         raise InputError(
             f"{labels_path}: {len(missing)} of {len(samples)} samples have no label, the first is {missing[0]!r}; "
             "run label.py again, it goes on where it stopped"
         )
-    return [(sample, labels[id_]) for id_, sample in samples.items()]
+    return [(sample, labels[id_]) for id_, sample in samples.items() if id_ in labels]
 
 
 def _annotation(row: dict[str, Any], response: str, place: str) -> Annotation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs the command with further flags and returns report.json, read as strict JSON."""
-    monkeypatch.setattr(evaluate, "load_annotator", lambda *args, **settings: LetterJudge())
+    monkeypatch.setattr(evaluate, "open_annotator", lambda *args, **settings: nullcontext(LetterJudge()))
     write_json(tmp_path / "seconds.json", {"step1": 61.5, "step3": 120})
 
     def run_command(*flags: str) -> dict[str, Any]:

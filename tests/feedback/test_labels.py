@@ -70,7 +70,7 @@ def samples(tmp_path: Path) -> Path:
 @pytest.fixture
 def labels(samples: Path, tmp_path: Path) -> Path:
     path = tmp_path / "labels.jsonl"
-    label_samples(samples, path, LexicalAnnotator())
+    label_samples(read_samples(samples), path, LexicalAnnotator())
     return path
 
 
@@ -104,7 +104,7 @@ def test_killed_at_any_byte_of_the_last_line_and_resumed(samples: Path, labels: 
     for end in range(start, len(whole) + 1):
         labels.write_bytes(whole[:end])
         annotator = CountingAnnotator()
-        label_samples(samples, labels, annotator)
+        label_samples(read_samples(samples), labels, annotator)
         assert labels.read_bytes() == whole
         # The last line is complete from its closing brace on; all others are never labelled again.
         assert annotator.asked == ([ROWS[-1]["response"]] if end < len(whole) - 1 else [])
@@ -124,17 +124,17 @@ def test_each_label_is_on_disk_before_the_next_is_asked_for(samples: Path, tmp_p
             return super().annotate(item)
 
     annotator = WatchingAnnotator()
-    label_samples(samples, path, annotator)
+    label_samples(read_samples(samples), path, annotator)
     assert annotator.seen == [0, 1, 2, 3]
 
 
 def test_resumption_asks_only_for_what_is_missing(samples: Path, tmp_path: Path) -> None:
     path = tmp_path / "labels.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        label_samples(samples, path, CountingAnnotator(dies_after=1))
+        label_samples(read_samples(samples), path, CountingAnnotator(dies_after=1))
     second, third = CountingAnnotator(), CountingAnnotator()
-    label_samples(samples, path, second)
-    label_samples(samples, path, third)
+    label_samples(read_samples(samples), path, second)
+    label_samples(read_samples(samples), path, third)
     assert second.asked == [row["response"] for row in ROWS[1:]] and third.asked == []
     assert len(read_labels(samples, path)) == len(ROWS)
 
@@ -168,7 +168,7 @@ def test_files_that_do_not_belong_together_are_refused_and_left_alone(
     change(labels.with_name(f"{file}.jsonl"), number, **fields)
     before = labels.read_bytes()
     with pytest.raises(InputError, match=re.escape(message)):
-        label_samples(samples, labels, LexicalAnnotator())
+        label_samples(read_samples(samples), labels, LexicalAnnotator())
     with pytest.raises(InputError, match=re.escape(message)):
         read_labels(samples, labels)
     assert labels.read_bytes() == before
@@ -191,20 +191,20 @@ def test_missing_labels_are_refused_when_read(samples: Path, labels: Path) -> No
 def test_a_file_that_holds_no_labels_is_left_alone(samples: Path, tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("buy milk")
-    with pytest.raises(InputError, match="the last line is no label"):
-        label_samples(samples, path, LexicalAnnotator())
+    with pytest.raises(InputError, match="the last line is none of"):
+        label_samples(read_samples(samples), path, LexicalAnnotator())
     assert path.read_text() == "buy milk"
     content = samples.read_bytes().rstrip()
     samples.write_bytes(content)
     with pytest.raises(InputError, match="belongs to another sample file"):
-        label_samples(samples, samples, LexicalAnnotator())
+        label_samples(read_samples(samples), samples, LexicalAnnotator())
     assert samples.read_bytes().rstrip() == content
 
 
 def test_event_that_is_none_names_the_sample(samples: Path, tmp_path: Path) -> None:
     change(samples, 1, history=[{"type": "search"}])
     with pytest.raises(InputError, match="sample 'münze-0#0': a search event needs"):
-        label_samples(samples, tmp_path / "labels.jsonl", LexicalAnnotator())
+        label_samples(read_samples(samples), tmp_path / "labels.jsonl", LexicalAnnotator())
 
 
 def test_empty_sample_file_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,228 @@
+"""A stand-in for an OpenAI-compatible endpoint that answers at a set speed and fails in every way that endpoints fail.
+
+    python -m benchmarks.annotator_server --port 8000 --slots 16 --seconds 0.1 --fault_rate 0.2
+
+It reads the numbered words and queries out of the prompt and scores each by its letters, so that right answers are
+known. `GET /stats` says what it was asked. A real endpoint's protocol is tested with `transformers serve`; this one is
+for what a real one does rarely.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.config import option, parse_config
+
+# What becomes of a request: an HTTP failure, an answer without content, or an answer whose content does not fit.
+HTTP_FAULTS = ("429", "500", "slow", "cut", "broken_body", "no_choices")
+CONTENT_FAULTS = ("broken_json", "short", "extra", "wrong_score", "duplicate")
+FAULTS = (*HTTP_FAULTS, *CONTENT_FAULTS)
+RIGHT = "right"
+
+# How a request is met, by its number and its body.
+Choice = Callable[[int, dict[str, Any]], str]
+
+_QUERY = re.compile(r"^query (\d+): (.*)$", re.MULTILINE)
+_WORDS = re.compile(r"^words of query (\d+): (.*)$", re.MULTILINE)
+_REASONS = {200: "OK", 404: "Not Found", 429: "Too Many Requests", 500: "Internal Server Error"}
+
+
+@dataclass
+class ServerConfig:
+    """An endpoint that answers at a set speed and fails at a set rate."""
+
+    port: int = option(0, "Port on 127.0.0.1; 0 takes a free one, which is printed.")
+    slots: int = option(16, "Requests answered at a time; the others wait.")
+    seconds: float = option(0.1, "Time that a request takes.")
+    fault_rate: float = option(0.0, "Share of requests that fail, all ways alike.")
+    slow_seconds: float = option(8.0, "Time that a slow request takes.")
+    retry_after: float = option(0.2, "Seconds that a 429 asks to wait.")
+    seed: int = option(0, "Seed of the faults.")
+
+
+@dataclass
+class Endpoint:
+    """The server: `choose` says how each request is met, `seen` holds what was asked."""
+
+    choose: Choice = lambda number, body: RIGHT
+    slots: int = 64
+    seconds: float = 0.0
+    slow_seconds: float = 5.0
+    retry_after: float = 0.2
+    seen: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    right_by_dialogue: Counter[int] = field(default_factory=Counter)
+    keep: bool = True
+
+    async def start(self, port: int = 0) -> asyncio.Server:
+        """Listen on 127.0.0.1."""
+        self._free = asyncio.Semaphore(self.slots)
+        return await asyncio.start_server(self._serve, "127.0.0.1", port, backlog=1024)
+
+    def stats(self) -> dict[str, Any]:
+        """Requests by outcome, and how many dialogues were answered rightly more than once."""
+        repeated = sum(count - 1 for count in self.right_by_dialogue.values())
+        return {"requests": sum(self.outcomes.values()), "outcomes": dict(self.outcomes), "answered_twice": repeated}
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while request := await _read_request(reader):
+                if not await self._respond(writer, *request):
+                    break
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass  # the client is gone
+        finally:
+            writer.close()
+
+    async def _respond(self, writer: asyncio.StreamWriter, path: str, headers: dict[str, str], content: bytes) -> bool:
+        """Answer one request; whether the connection stays open."""
+        if path == "/stats":
+            return await _send(writer, 200, self.stats())
+        if not path.endswith("/chat/completions"):
+            return await _send(writer, 404, {"error": {"message": f"no {path} here"}})
+        body = json.loads(content)
+        outcome = self.choose(sum(self.outcomes.values()), body)
+        self.outcomes[outcome] += 1
+        if self.keep:
+            self.seen.append(body)
+            self.headers.append(headers)
+        if outcome == "429":
+            return await _send(writer, 429, {"error": {"message": "later"}}, {"Retry-After": f"{self.retry_after:g}"})
+        if outcome == "slow":
+            await asyncio.sleep(self.slow_seconds)
+        async with self._free:
+            await asyncio.sleep(self.seconds)
+        if outcome == "500":
+            return await _send(writer, 500, {"error": {"message": "out of memory"}})
+        completion = complete(body, outcome)
+        text = json.dumps(completion)
+        if outcome in ("cut", "broken_body"):
+            half = text[: len(text) // 2].encode()
+            # Cut: fewer bytes come than were announced. Broken: all come, but they are no JSON.
+            length = len(text) if outcome == "cut" else len(half)
+            writer.write(_head(200, length) + half)
+            await writer.drain()
+            return outcome != "cut"
+        if outcome == RIGHT:
+            self.right_by_dialogue[zlib.crc32(json.dumps(body["messages"]).encode())] += 1
+        return await _send(writer, 200, completion)
+
+
+def random_faults(rate: float, seed: int) -> Choice:
+    """Each request fails with probability `rate`, every fault being as likely."""
+    generator = random.Random(seed)
+    return lambda number, body: generator.choice(FAULTS) if generator.random() < rate else RIGHT
+
+
+def complete(body: dict[str, Any], outcome: str) -> dict[str, Any]:
+    """A chat completion for a request of ours, spoilt as `outcome` says."""
+    text = answer_text(body, outcome)
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    prompt_tokens = sum(len(message["content"]) for message in body["messages"]) // 4
+    return {
+        "id": "chatcmpl-0", "object": "chat.completion", "created": 0, "model": body["model"],
+        "choices": [] if outcome == "no_choices" else [choice],
+        "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(text) // 4, "total_tokens": 0},
+    }  # fmt: skip
+
+
+def answer_text(body: dict[str, Any], outcome: str) -> str:
+    """The answer in the form that the request asks for; label_words where it asks for none."""
+    form = body.get("response_format", {}).get("json_schema", {}).get("name", "ResponseScores")
+    prompt = next(message["content"] for message in body["messages"] if message["role"] == "user")
+    if form in ("Verdict", "ScoredVerdict"):
+        answer = _verdict(prompt, form)
+    elif form == "SentenceScores":
+        answer = {"queries": [{"query": int(n), "score": score_of(text)} for n, text in _QUERY.findall(prompt)]}
+    else:
+        answer = {"queries": _scored(prompt)}
+    if outcome in CONTENT_FAULTS and "queries" in answer:
+        _spoil(answer["queries"], outcome)
+    text = json.dumps(answer)
+    return text[:-5] if outcome == "broken_json" else text
+
+
+def score_of(text: str) -> int:
+    """The score of a word or query: 0, 1 or 2 by its letters."""
+    return zlib.crc32(text.encode()) % 3
+
+
+def _scored(prompt: str) -> list[dict[str, Any]]:
+    queries = []
+    for number, listed in _WORDS.findall(prompt):
+        words = [word.partition("=")[2] for word in listed.split("  ")]
+        scores = [{"i": i, "score": score_of(word)} for i, word in enumerate(words, start=1)]
+        total = max(score["score"] for score in scores)
+        queries.append({"query": int(number), "words": scores, "score": total})
+    return queries
+
+
+def _verdict(prompt: str, form: str) -> dict[str, Any]:
+    """The list with the larger sum of query scores."""
+    lists = prompt.split('<list name="')[1:]
+    sums = [sum(score_of(text) for _, text in _QUERY.findall(part)) for part in lists]
+    verdict = {"verdict": "A" if sums[0] > sums[1] else "B" if sums[1] > sums[0] else "tie"}
+    if form == "Verdict":
+        return verdict
+    return {"a": _scored(lists[0]), "b": _scored(lists[1]), **verdict}
+
+
+def _spoil(queries: list[dict[str, Any]], outcome: str) -> None:
+    """One of the errors that models make; an answer about whole queries loses, gains or repeats a query."""
+    items = queries[0].get("words", queries)
+    if outcome == "short":
+        items.pop()
+    elif outcome == "extra":
+        items.append({**items[-1], **{name: len(items) + 1 for name in ("i", "query") if name in items[-1]}})
+    elif outcome == "duplicate":
+        items.append(dict(items[0]))
+    elif outcome == "wrong_score":
+        items[0]["score"] = 3
+
+
+async def _read_request(reader: asyncio.StreamReader) -> tuple[str, dict[str, str], bytes] | None:
+    """Path, headers and content of the next request; None at the connection's end."""
+    try:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    except asyncio.IncompleteReadError:
+        return None
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
+    return head[0].split(" ")[1], headers, await reader.readexactly(int(headers.get("content-length", 0)))
+
+
+async def _send(
+    writer: asyncio.StreamWriter, status: int, value: dict[str, Any], headers: dict[str, str] | None = None
+) -> bool:
+    content = json.dumps(value).encode()
+    writer.write(_head(status, len(content), headers) + content)
+    await writer.drain()
+    return True
+
+
+def _head(status: int, length: int, headers: dict[str, str] | None = None) -> bytes:
+    lines = [f"HTTP/1.1 {status} {_REASONS[status]}", "Content-Type: application/json", f"Content-Length: {length}"]
+    lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+async def _main(config: ServerConfig) -> None:
+    endpoint = Endpoint(
+        choose=random_faults(config.fault_rate, config.seed), slots=config.slots, seconds=config.seconds,
+        slow_seconds=config.slow_seconds, retry_after=config.retry_after, keep=False,
+    )  # fmt: skip
+    server = await endpoint.start(config.port)
+    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main(parse_config(ServerConfig)))
