@@ -62,6 +62,8 @@ class Endpoint:
     outcomes: Counter[str] = field(default_factory=Counter)
     right_by_dialogue: Counter[int] = field(default_factory=Counter)
     keep: bool = True
+    under_way: int = 0
+    most_under_way: int = 0
 
     async def start(self, port: int = 0) -> asyncio.Server:
         """Listen on 127.0.0.1."""
@@ -95,6 +97,14 @@ class Endpoint:
         if self.keep:
             self.seen.append(body)
             self.headers.append(headers)
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            return await self._meet(writer, body, outcome)
+        finally:
+            self.under_way -= 1
+
+    async def _meet(self, writer: asyncio.StreamWriter, body: dict[str, Any], outcome: str) -> bool:
         if outcome == "429":
             return await _send(writer, 429, {"error": {"message": "later"}}, {"Retry-After": f"{self.retry_after:g}"})
         if outcome == "slow":

@@ -30,15 +30,19 @@ _PRIVATE = re.compile(
 
 
 def has_private_data(text: str) -> bool:
-    """Whether `text` holds a mail address, a phone or social security number, or five digits in a row."""
-    return _PRIVATE.search(unicodedata.normalize("NFKC", text)) is not None
+    """Whether `text` holds a mail address, a phone or social security number, or five digits in a row.
+
+    Full-width forms count as what they show, and invisible characters between digits do not part them.
+    """
+    visible = "".join(char for char in text if unicodedata.category(char) != "Cf")
+    return _PRIVATE.search(unicodedata.normalize("NFKC", visible)) is not None
 
 
 def mask_private(text: str) -> str:
     """`text` with each character of private data replaced by `*`, white space aside: places and words stay.
 
-    Where only the compatibility form shows private data (full-width digits), which may be of another length, every
-    character is replaced.
+    Where private data shows in another form only (full-width digits, invisible characters), every character is
+    replaced.
     """
     if not has_private_data(text):
         return text

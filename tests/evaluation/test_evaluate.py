@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 
+from benchmarks.annotator_server import RIGHT, Endpoint
 from common.config import parse_config
 from common.errors import InputError
 from common.evaluation import evaluate
 from common.evaluation.evaluate import EvaluateConfig, choose_examples, parse_systems, read_timings
+from common.evaluation.metrics import relevance_rate
 from common.evaluation.summary import CORPUS_MEASURES, MEASURES
 from common.files import read_jsonl, write_json, write_jsonl
 from tests.evaluation.factory import LetterJudge, make_examples, save_tiny_model
+from tests.feedback.endpoint import serving
 
 Run = Callable[..., dict[str, Any]]
 
@@ -210,3 +213,53 @@ def test_flags_and_yaml_reach_the_config(tmp_path: Path) -> None:
     assert (config.systems, config.max_prompt_tokens, config.timings, config.split) == (
         ["sft=a", "tppo=b"], 99, ["t.json"], "dev"
     )
+
+
+def test_a_language_model_judges(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole command with a loopback endpoint that gives one example's responses no valid answer."""
+    third = "searched: trail 2\n"
+    examples = make_examples()
+    write_jsonl(tmp_path / "data" / "test.jsonl", (
+        {**example.to_dict(), "history": [{"type": "search", "query": f"trail {place}"}]}
+        for place, example in enumerate(examples)
+    ))  # fmt: skip
+    endpoint = Endpoint(choose=lambda _, body: "broken_json" if third in body["messages"][1]["content"] else RIGHT)
+    with serving(endpoint) as url:
+        argv = [
+            "evaluate", "--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path), "--systems",
+            f"sft={inputs / 'sft'}", f"tppo={inputs / 'tppo'}", "--max_prompt_tokens", "128", "--max_new_tokens", "20",
+            "--resamples", "200", "--prompt_template", "compact", "--annotator", "llm", "--base_url", url,
+            "--model", "judge/one", "--reward_annotator", "judge/one", "--max_failure_share", "0.9",
+        ]  # fmt: skip
+        monkeypatch.setattr("sys.argv", argv)
+        evaluate.main()
+        asked = len(endpoint.seen)
+        monkeypatch.setattr("sys.argv", [*argv, "--overwrite"])
+        evaluate.main()
+    assert len(endpoint.seen) == asked  # every answer was kept
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    judge = report["judge"]
+    assert (judge["model"], report["annotator"]) == ("judge/one", "judge/one")
+    for name in ("sft", "tppo"):
+        rows = read_rows(tmp_path / "generations" / f"{name}_sampled.jsonl")
+        assert [row["queries"] is None for row in rows] == [place == 2 for place in range(len(rows))]
+        rates = [relevance_rate(row["queries"], 3) for row in rows if row["queries"] is not None]
+        assert judge["relevance"]["words"][name]["relevance_rate"]["value"] == pytest.approx(sum(rates) / len(rates))
+        assert judge["relevance"]["words"][name]["relevance_rate"] == report["systems"][name]["relevance_rate"]
+        assert judge["relevance"]["sentence"][name]["failure_rate"] == pytest.approx(1 / len(rows))
+    for level in ("words", "sentence"):
+        pair = judge["comparisons"][level]["tppo_vs_sft"]
+        assert pair["undecided"] == 1
+        assert sum(pair[outcome]["value"] for outcome in ("win", "tie", "lose")) == pytest.approx(1)
+        assert pair["flip_rate"] == 0.0
+    assert any("judge (judge/one) is the annotator" in warning for warning in report["warnings"])
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "## The judge's two templates\n\njudge&#47;one, main decoding" in markdown
+    assert "verdicts" in capsys.readouterr().out
+    assert report["settings"]["base_url"].startswith("http://127.0.0.1")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -140,7 +140,9 @@ class ChatClient:
         raise NoAnswer(self._without_key(reason))
 
     def _status_error(self, error: APIStatusError) -> Exception:
-        message = self._without_key(f"HTTP {error.status_code}: {error.message}")
+        # Not every server writes OpenAI's {"error": {"message": ...}}: then its own words are the best there is.
+        said = error.body.get("message") if isinstance(error.body, dict) else None
+        message = self._without_key(f"HTTP {error.status_code}: {said or error.response.text or error.message}")
         if error.status_code in _FATAL:
             return InputError(f"{self._options.base_url} refuses: {message}; {_FATAL[error.status_code]}")
         return NoAnswer(message)

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
-from common.data.privacy import mask_private
+from common.data.privacy import MASK, mask_private
 from common.data.prompts import MAX_EVENT_CHARS
 from common.data.records import Event
 from common.errors import InputError
@@ -93,7 +93,8 @@ def shown_queries(response: str) -> list[dict[str, Any]]:
         if words[line]:
             masked = mask_private(texts[line])
             cut = [masked[word.start - start : word.end - start] for word in words[line]]
-            shown.append({"text": as_data(texts[line]), "words": [as_data(word) or "*" for word in cut]})
+            # What holds nothing visible is shown as a mark: its number must stand for something.
+            shown.append({"text": as_data(texts[line]) or MASK, "words": [as_data(word) or MASK for word in cut]})
         start += len(texts[line]) + 1
     return shown
 
