@@ -13,6 +13,7 @@ import asyncio
 import json
 import random
 import re
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -64,6 +65,8 @@ class Endpoint:
     keep: bool = True
     under_way: int = 0
     most_under_way: int = 0
+    first: float = 0.0
+    last: float = 0.0
 
     async def start(self, port: int = 0) -> asyncio.Server:
         """Listen on 127.0.0.1."""
@@ -71,9 +74,13 @@ class Endpoint:
         return await asyncio.start_server(self._serve, "127.0.0.1", port, backlog=1024)
 
     def stats(self) -> dict[str, Any]:
-        """Requests by outcome, and how many dialogues were answered rightly more than once."""
-        repeated = sum(count - 1 for count in self.right_by_dialogue.values())
-        return {"requests": sum(self.outcomes.values()), "outcomes": dict(self.outcomes), "answered_twice": repeated}
+        """Requests by outcome, seconds from the first to the last, and answers to dialogues answered rightly before."""
+        return {
+            "requests": sum(self.outcomes.values()),
+            "seconds": self.last - self.first,
+            "outcomes": dict(self.outcomes),
+            "answered_twice": sum(count - 1 for count in self.right_by_dialogue.values()),
+        }
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -97,12 +104,14 @@ class Endpoint:
         if self.keep:
             self.seen.append(body)
             self.headers.append(headers)
+        self.first = self.first or time.monotonic()
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
         try:
             return await self._meet(writer, body, outcome)
         finally:
             self.under_way -= 1
+            self.last = time.monotonic()
 
     async def _meet(self, writer: asyncio.StreamWriter, body: dict[str, Any], outcome: str) -> bool:
         if outcome == "429":

@@ -111,7 +111,7 @@ def server(model_folder: Path) -> Iterator[str]:
         stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, start_new_session=True,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 200
         while not _healthy(port):
             assert process.poll() is None and time.monotonic() < deadline, (model_folder / "serve.log").read_text()
             time.sleep(0.3)
