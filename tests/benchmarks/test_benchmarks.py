@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import annotator_load
 from benchmarks.flops import Sizes, forward_flops, tppo_step_flops
 from benchmarks.measuring import median_ratio
 from benchmarks.models import query_tokenizer, random_llama
+from common.files import write_jsonl
 from common.generation.generate import generate_responses
 from common.generation.sampling import Sampling
 
@@ -75,3 +77,14 @@ def test_the_gpu_benchmark_runs_small_without_a_gpu(tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "bandwidth_share" in ran.stdout
+
+
+def test_labelling_under_load_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
+    """The load benchmark in small: the label command against the stand-in endpoint, a fifth of its answers failing."""
+    samples = tmp_path / "samples.jsonl"
+    write_jsonl(samples, annotator_load.records(200, seed=1))
+    config = annotator_load.LoadConfig(concurrency=16, seconds=0.01, seed=1)
+    found = annotator_load.labelled(config, samples, tmp_path / "labels.jsonl", fault_rate=0.2)
+    assert found["labelled"] + found["quarantined"] == 200
+    assert found["lost"] == found["duplicated"] == found["wrong"] == 0
+    assert sum(found["outcomes"].values()) - found["outcomes"]["right"] > 20  # of some 50 faults, 6.5 their deviation
