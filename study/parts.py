@@ -7,15 +7,16 @@ from typing import Any
 
 from study.plan import Planner, World
 from study.settings import (
-    ABLATIONS,
     COMPARED,
     DPO_CENTRE,
     DPO_SEARCH,
     LABEL_NOISE,
     LENGTHS,
+    OPTION_ABLATIONS,
     PPO_CENTRE,
     PPO_SEARCH,
     PPO_SYSTEMS,
+    REWARD_ABLATIONS,
     SEARCH_SEED,
     SENTENCE_COEF,
     TUNED_AS,
@@ -75,15 +76,8 @@ def compare_jobs(planner: Planner, axis: str, world: World, chosen: Chosen) -> N
 
 
 def axis_jobs(planner: Planner, scale: Scale, chosen: Chosen) -> None:
-    """What a dense reward depends on, one thing at a time."""
+    """What a dense reward depends on, one thing at a time: first what the reward is made of, then PPO's options."""
     for seed in scale.axis_seeds:
-        for name, changes in ABLATIONS.items():
-            if name == f"credit_{chosen['tppo']['credit']}":
-                continue  # that is TPPO as it is
-            planner.ppo(f"ablation_{name}", World(seed), "tppo", chosen["tppo"], changes=changes)
-        for system in COMPARED:
-            changes = {"reward_from": "monitor", "sentence_coef": str(SENTENCE_COEF)}
-            planner.ppo("oracle", World(seed), system, chosen[system], changes=changes)
         for noise in LABEL_NOISE:
             world = World(seed, users=ABLATED_USERS, noise=noise)
             compare_jobs(planner, f"noise{noise:g}", world, chosen)
@@ -93,6 +87,12 @@ def axis_jobs(planner: Planner, scale: Scale, chosen: Chosen) -> None:
             world = World(seed, k=k, users=ABLATED_USERS)
             planner.sft_record(f"k{k}", world)
             compare_jobs(planner, f"k{k}", world, chosen)
+        _ablations(planner, seed, chosen, REWARD_ABLATIONS)
+    for seed in scale.axis_seeds:
+        for system in COMPARED:
+            changes = {"reward_from": "monitor", "sentence_coef": str(SENTENCE_COEF)}
+            planner.ppo("oracle", World(seed), system, chosen[system], changes=changes)
+        _ablations(planner, seed, chosen, OPTION_ABLATIONS)
 
 
 def real_jobs(planner: Planner, scale: Scale, chosen: Chosen) -> None:
@@ -104,3 +104,9 @@ def real_jobs(planner: Planner, scale: Scale, chosen: Chosen) -> None:
         for system in COMPARED:
             planner.ppo("real", world, system, chosen[system])
         planner.dpo("real", world, chosen["dpo"])
+
+
+def _ablations(planner: Planner, seed: int, chosen: Chosen, ablations: Mapping[str, Mapping[str, str]]) -> None:
+    for name, changes in ablations.items():
+        if name != f"credit_{chosen['tppo']['credit']}":  # that is TPPO as it is
+            planner.ppo(f"ablation_{name}", World(seed), "tppo", chosen["tppo"], changes=changes)

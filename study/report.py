@@ -93,6 +93,11 @@ def aggregate(runs: Runs, rewards: Mapping[str, Any]) -> dict[str, Any]:
     return results
 
 
+def greedy_of(systems: Mapping[str, Any]) -> dict[str, Any]:
+    """The greedy measures of each system in the place of the sampled ones."""
+    return {name: {**system["greedy"], "kl": system["kl"]} for name, system in systems.items()}
+
+
 def page(results: Mapping[str, Any], runs: Runs, search: Mapping[str, Any] | None, figures: Sequence[str]) -> str:
     """The page for people."""
     parts = [
@@ -106,7 +111,7 @@ def page(results: Mapping[str, Any], runs: Runs, search: Mapping[str, Any] | Non
         "`bash scripts/reproduce.sh --report_only`. Each record names its commands.",
         "## Systems",
         systems_table(results["systems"], "sampled"),
-        systems_table({name: {**s["greedy"], "kl": s["kl"]} for name, s in results["systems"].items()}, "greedy"),
+        systems_table(greedy_of(results["systems"]), "greedy"),
         "### Judged by the lexical annotator\n\nIt compares with the words of the history and of the logged next "
         "queries, so it also pays for the log's noise.",
         systems_table(results["lexical"]["systems"], "sampled", ("relevance_rate", "mean_word_score")),
@@ -133,7 +138,10 @@ def page(results: Mapping[str, Any], runs: Runs, search: Mapping[str, Any] | Non
     if "real" in results:
         parts += ["## Real logs\n\nLexical annotator; the truth is what the users searched next.",
                   systems_table(results["real"]["systems"], "sampled"),
-                  differences_table(results["real"]["differences"])]  # fmt: skip
+                  systems_table(greedy_of(results["real"]["systems"]), "greedy"),
+                  differences_table(results["real"]["differences"]),
+                  "The rules write words that the user wrote before, which this annotator calls relevant by itself.",
+                  controls_table(results["real"]["controls"])]  # fmt: skip
     if search:
         parts += ["## The search", search_table(search)]
     parts += ["## Figures", *(f"### {name}\n\n{CAPTIONS[name]}\n\n![{name}](figures/{name}.png)" for name in figures)]

@@ -61,8 +61,8 @@ LABEL_NOISE = (0.0, 0.2, 0.3)
 DEFAULT_NOISE = 0.09  # people agreed with the paper's annotator on 91.18 % of the words
 LENGTHS = (5, 10)  # queries a response, beside the usual three
 WEIGHTS = (0.0, 0.25, 0.4, 0.6, 0.75, 1.0)
-# TPPO with one thing changed: flags of step 3.
-ABLATIONS: dict[str, dict[str, str]] = {
+# TPPO with one thing changed, flags of step 3: what its reward is made of, then credit and PPO's options.
+REWARD_ABLATIONS: dict[str, dict[str, str]] = {
     "alpha_1": {"length_alpha": "1"},
     "alpha_0.7": {"length_alpha": "0.7"},
     "sl_2": {"suggested_length": "2"},
@@ -72,6 +72,8 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "centred": {"normalise_rewards": "false"},
     "sentence_0": {"sentence_coef": "0"},
     "sentence_1": {"sentence_coef": "1"},
+}
+OPTION_ABLATIONS: dict[str, dict[str, str]] = {
     "credit_long": {"gamma": "1", "lam": "0.95", "line_gamma": "1"},
     "credit_short": {"gamma": "0.9", "lam": "0.7", "line_gamma": "1"},
     "credit_query": {"gamma": "1", "lam": "0.95", "line_gamma": "0"},
