@@ -87,6 +87,7 @@ OPTION_ABLATIONS: dict[str, dict[str, str]] = {
     "norm_position": {"reward_norm": "position"},
     "two_epochs": {"ppo_epochs": "2"},
 }
+ABLATIONS = {**REWARD_ABLATIONS, **OPTION_ABLATIONS}
 
 
 @dataclass(frozen=True)
