@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again
+
 
 class InputError(ValueError):
     """Bad input: the message names the place (file, line, flag) and the remedy, in one paragraph."""
@@ -17,8 +19,24 @@ class TrainingDiverged(RuntimeError):
     """A loss, gradient or reward is NaN or infinite; the last good checkpoint is kept."""
 
 
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; those from before are whole."""
+
+
+class Preempted(RuntimeError):
+    """A scheduler asked the run to stop; it was saved after `step` and can go on."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            f"asked to by a signal; saved after step {step}, the same command with --resume goes on from there"
+        )
+
+
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main`; show an `InputError` or `TrainingDiverged` as one line and exit with 2 or 3.
+    """Run a command's `main`; show an error of ours as one line and exit.
+
+    With 2 for bad input, 3 for a diverged run, 4 for a checkpoint that could not be written, and `REQUEUE` for a run
+    that a scheduler stopped and may start again.
 
     Ranks other than the first say which they are: most errors are every rank's, but some are one rank's alone.
     """
@@ -32,6 +50,12 @@ def run_command(main: Callable[[], None]) -> None:
     except TrainingDiverged as error:
         print(f"{who}diverged: {error}", file=sys.stderr, flush=True)
         raise SystemExit(3) from None
+    except SaveFailed as error:
+        print(f"{who}not saved: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(4) from None
+    except Preempted as stop:
+        print(f"{who}stopped: {stop}", file=sys.stderr, flush=True)
+        raise SystemExit(REQUEUE) from None
 
 
 def run_rank_command(main: Callable[[], None]) -> None:

@@ -62,8 +62,28 @@ launch() {
         *--master_port*|*--hostfile*) ;;
         *) launcher+=(--master_port "$(free_port)") ;;
     esac
-    # Ranks are read from the environment, so that flags are the user's alone.
-    deepspeed "${launcher[@]}" --no_local_rank "$script" "${flags[@]}"
+    # Ranks are read from the environment, so that flags are the user's alone. In the background, because bash handles
+    # signals only between commands.
+    deepspeed "${launcher[@]}" --no_local_rank "$script" "${flags[@]}" &
+    local job=$! status=0
+    trap 'signal_ranks "$job" "$script"' TERM USR1
+    trap 'kill -TERM "$job" 2>/dev/null || true' INT
+    while kill -0 "$job" 2>/dev/null; do wait "$job" || true; done
+    wait "$job" || status=$?
+    trap - TERM USR1 INT
+    return "$status"
+}
+
+# signal_ranks PID SCRIPT: hand a scheduler's signal on to the processes below PID that run SCRIPT. They save and end with
+# status 75, which becomes the launcher's; a signal to the launcher itself would make it kill them after 30 seconds.
+signal_ranks() {
+    local child
+    for child in $(pgrep -P "$1"); do
+        if tr '\0' '\n' < "/proc/$child/cmdline" | grep -qx -e "$2" && [ -z "$(pgrep -P "$child" -f "$2")" ]; then
+            kill -USR1 "$child" 2>/dev/null || true
+        fi
+        signal_ranks "$child" "$2"
+    done
 }
 
 # A free port, so that two runs on one machine do not meet.

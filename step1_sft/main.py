@@ -13,7 +13,7 @@ from common.config import parse_config
 from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
-from common.engine.trainer import last_complete_checkpoint, run_callbacks
+from common.engine.trainer import newest_checkpoint, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
 from common.errors import run_rank_command
 from common.files import write_json
@@ -51,7 +51,7 @@ def main() -> None:
     )
     args = training_arguments(config, train_sampling_strategy="group_by_length")
     distributed.on_main_first(lambda: prepare_output(config))
-    checkpoint = last_complete_checkpoint(args.output_dir)
+    checkpoint = newest_checkpoint(args.output_dir)
     announce(config, train, dev, checkpoint)
 
     model = load_causal_lm(config.model_name_or_path, config)

@@ -14,7 +14,7 @@ from typing import Any
 
 from common.config import parse_config
 from common.engine import distributed
-from common.engine.trainer import last_complete_checkpoint, run_callbacks
+from common.engine.trainer import newest_checkpoint, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
 from common.errors import run_rank_command
 from common.feedback.labels import read_labels
@@ -41,7 +41,7 @@ def main() -> None:
     tokenizer = load_fast_tokenizer(config.model_name_or_path, config.trust_remote_code)
     args = training_arguments(config)
     distributed.on_main_first(lambda: prepare_output(config))
-    checkpoint = last_complete_checkpoint(args.output_dir)
+    checkpoint = newest_checkpoint(args.output_dir)
 
     model = load_token_reward_model(config.model_name_or_path, config, config.bidirectional, config.heads)
     encoder = RewardEncoder(tokenizer, config.inputs, model)

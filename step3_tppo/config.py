@@ -125,7 +125,9 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
         choices=["recomputed", "sampled"],
     )
     save_steps: int = option(50, "Checkpoint every so many steps, and at the end.")
-    keep_checkpoints: int = option(2, "Newest checkpoints to keep.")
+    keep_checkpoints: int = option(
+        2, "Newest checkpoints to keep, besides the one of the highest judged relevance (without a monitor: reward)."
+    )
     sample_steps: int = option(20, "Show sampled responses with each token's reward every so many steps.")
 
     def validate(self, world_size: int) -> None:

@@ -32,7 +32,10 @@ from step3_tppo.rollout import RolloutMaker, reward_options
 from step3_tppo.trainer import TPPOTrainer
 
 MAY_DIFFER_ON_RESUME = frozenset(
-    {"resume", "overwrite", "total_steps", "save_steps", "keep_checkpoints", "sample_steps", "tensorboard"}
+    {
+        "output_dir", "resume", "overwrite", "total_steps", "save_steps", "keep_checkpoints", "sample_steps",
+        "tensorboard",
+    }
 )
 
 

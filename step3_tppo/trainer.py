@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,7 +17,8 @@ from common.data.records import Example
 from common.engine import checkpoint, distributed
 from common.engine.accumulation import accumulate, micro_batches
 from common.engine.offload import resting_optimizers
-from common.errors import TrainingDiverged
+from common.engine.preemption import Preemption
+from common.errors import Preempted, TrainingDiverged
 from common.models.sequences import TokenScores, response_scores
 from common.tracking import Tracker, progress
 from step3_tppo.advantages import generalized_advantages, token_discounts, whiten
@@ -71,36 +73,53 @@ class TPPOTrainer:
         self._checkpoints = Path(config.output_dir) / "checkpoints"
         self._monitor = monitor
         self._over_optimised = OverOptimisation(config.monitor_margin)
+        self._scores: list[float] = []  # of the steps since the last checkpoint, which their mean tells from the best
         self._order_made: tuple[int, list[int]] = (-1, [])
 
     def train(self) -> None:
-        """Run to `total_steps`, from the newest checkpoint if there is one. Raises `TrainingDiverged`."""
+        """Run to `total_steps`, from the newest checkpoint if there is one.
+
+        Raises `TrainingDiverged`, `SaveFailed`, and `Preempted` once a signal has asked for a stop and all is saved.
+        """
         first = self._resume()
         tracker = Tracker(self._config.output_dir, tensorboard=self._config.tensorboard, first_step=first)
         bar = progress(total=self._config.total_steps, initial=first, desc="step 3: TPPO")
         try:
-            for step in range(first, self._config.total_steps):
-                if self._over_optimised.found():
-                    bar.write(f"stopped after {step} steps: the judge's relevance rate fell while the reward did not")
-                    break
-                self._set_learning_rates(step)
-                scalars, profiles, rollout = self._step(step)
-                tracker.scalars(step, scalars)
-                tracker.profiles(step, profiles)
-                if step % self._config.sample_steps == 0:
-                    tracker.text(step, "samples", samples_markdown(rollout))
-                bar.set_postfix_str(
-                    f"score {scalars['reward/score_per_response']:+.2f}  kl {scalars['kl/per_sequence']:.2f}"
-                )
-                bar.update()
-                if self._monitor is not None:
-                    self._over_optimised.learn(scalars["judge/relevance_rate"], scalars["reward/score_per_response"])
-                last = step + 1 == self._config.total_steps or self._over_optimised.found()
-                if last or (step + 1) % self._config.save_steps == 0:
-                    self._save(step + 1)
+            with Preemption() as preemption:
+                for step in range(first, self._config.total_steps):
+                    if self._over_optimised.found():
+                        bar.write(f"stopped after {step} steps: the judge's relevance fell while the reward did not")
+                        break
+                    self._set_learning_rates(step)
+                    result = self._step(step)
+                    self._log(step, result, tracker)
+                    self._learn(result.scalars)
+                    score, kl = (result.scalars[name] for name in ("reward/score_per_response", "kl/per_sequence"))
+                    bar.set_postfix_str(f"score {score:+.2f}  kl {kl:.2f}")
+                    bar.update()
+                    asked = preemption.requested()
+                    last = step + 1 == self._config.total_steps or self._over_optimised.found()
+                    if last or asked or (step + 1) % self._config.save_steps == 0:
+                        self._save(step + 1)
+                    if asked and not last:
+                        raise Preempted(step + 1)
         finally:
             bar.close()
             tracker.close()
+
+    def _log(self, step: int, result: StepResult, tracker: Tracker) -> None:
+        tracker.scalars(step, result.scalars)
+        tracker.profiles(step, result.profiles)
+        if step % self._config.sample_steps == 0:
+            tracker.text(step, "samples", samples_markdown(result.rollout))
+
+    def _learn(self, scalars: dict[str, float]) -> None:
+        """Take a step's reward, and the judge's relevance where there is one, into what decides on stops and on the
+        best checkpoint."""
+        reward = scalars["reward/score_per_response"]
+        if self._monitor is not None:
+            self._over_optimised.learn(scalars["judge/relevance_rate"], reward)
+        self._scores.append(scalars.get("judge/relevance_rate", reward))
 
     def _step(self, step: int) -> StepResult:
         """One rollout and its updates; returns what to log."""
@@ -268,13 +287,16 @@ class TPPOTrainer:
             "reward_sums": self._normalise.state(),
             "monitored": self._over_optimised.state(),
         }
-        checkpoint.save_checkpoint(self._checkpoints, step, self._engines(), state, self._config.keep_checkpoints)
+        score, self._scores = statistics.fmean(self._scores), []
+        checkpoint.save_checkpoint(
+            self._checkpoints, step, self._engines(), state, self._config.keep_checkpoints, score
+        )
 
     def _resume(self) -> int:
-        found = checkpoint.list_checkpoints(self._checkpoints)
-        if not found:
+        found = checkpoint.newest_checkpoint(self._checkpoints)
+        if found is None:
             return 0
-        state: dict[str, Any] = checkpoint.load_checkpoint(found[-1], self._engines())
+        state: dict[str, Any] = checkpoint.load_checkpoint(found, self._engines())
         self._kl.coef = state["kl_coef"]
         self._normalise.restore(state["reward_sums"])
         self._over_optimised.restore(state["monitored"])

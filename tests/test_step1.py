@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,16 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from common.config import LoraOptions, parse_config
 from common.data.prompts import PromptBuilder
 from common.data.records import Event, Example
+from common.engine.manifest import MANIFEST, damage, is_complete, write_manifest
 from common.engine.trainer import (
     LengthGroupedOrder,
     checkpoint_step,
-    last_complete_checkpoint,
+    newest_checkpoint,
     remove_incomplete_checkpoints,
     run_callbacks,
 )
 from common.engine.trainer_options import training_arguments
-from common.errors import InputError, TrainingDiverged
+from common.errors import InputError, Preempted, TrainingDiverged
 from common.files import write_jsonl
 from common.models.loading import apply_lora
 from common.tracking import read_metrics
@@ -33,6 +36,7 @@ from step1_sft.dataset import PadRight, build_rows
 from step1_sft.main import main
 from step1_sft.trainer import SftTrainer, response_metrics, token_nll, token_weights
 from tests.distributed.ranks import run_on_ranks
+from tests.engine.test_manifest import flip_a_bit
 from tests.tiny_models import ordinary_tokenizer, tiny_llama
 
 EOS = 0
@@ -229,9 +233,35 @@ def test_resume_in_the_middle_of_an_epoch_gives_the_same_weights(tmp_path, lora)
     straight = make_trainer(tmp_path / "run", model(), callbacks=callbacks, **settings)
     straight.train()
     checkpoint = tmp_path / "run" / "checkpoint-6"
-    assert (checkpoint / "complete").is_file()
+    assert is_complete(checkpoint) and damage(checkpoint) == []
     torch.manual_seed(99)
     resumed = make_trainer(tmp_path / "again", model(), **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == straight.state.global_step == 12
+    for name, weight in straight.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], weight), name
+
+
+class SignalAfterStep(TrainerCallback):
+    """What a scheduler does, in the middle of an epoch."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_signal_ends_the_training_with_a_checkpoint_that_goes_on(tmp_path):
+    rows = [{"input_ids": [5 + i, 6, *range(20, 20 + i), EOS], "prompt_length": 2} for i in range(7)]
+    settings = {"rows": rows, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 100}
+    straight = make_trainer(tmp_path / "straight", tiny_llama(), **settings)
+    straight.train()
+    callbacks = [SignalAfterStep(), *run_callbacks(tmp_path, tensorboard=False, checkpoint=None)]
+    stopped = make_trainer(tmp_path / "run", tiny_llama(), callbacks=callbacks, **settings)
+    with pytest.raises(Preempted, match="saved after step 5, the same command with --resume"):
+        stopped.train()
+    checkpoint = newest_checkpoint(tmp_path / "run")
+    assert checkpoint.name == "checkpoint-5"
+    resumed = make_trainer(tmp_path / "run", tiny_llama(), **settings)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == straight.state.global_step == 12
     for name, weight in straight.model.state_dict().items():
@@ -264,20 +294,21 @@ def test_a_diverged_run_stops_before_it_spoils_a_checkpoint(tmp_path, poison, me
     trainer = make_trainer(tmp_path / "run", callbacks=callbacks, **settings)
     with pytest.raises(TrainingDiverged, match=message):
         trainer.train()
-    kept = last_complete_checkpoint(tmp_path / "run")
+    kept = newest_checkpoint(tmp_path / "run")
     assert kept.name == "checkpoint-2"
     weights = AutoModelForCausalLM.from_pretrained(kept).state_dict()
     assert all(bool(weight.isfinite().all()) for weight in weights.values())
 
 
 def test_only_complete_checkpoints_count(tmp_path):
-    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+    assert newest_checkpoint(tmp_path / "nowhere") is None
     for step in (5, 10, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    assert last_complete_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path) is None
     for step in (5, 10):
-        (tmp_path / f"checkpoint-{step}" / "complete").touch()
-    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+        (tmp_path / f"checkpoint-{step}" / "weights").write_text("w")
+        write_manifest(tmp_path / f"checkpoint-{step}")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert checkpoint_step(tmp_path / "checkpoint-10") == 10
     remove_incomplete_checkpoints(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-5"]
@@ -372,7 +403,15 @@ def test_two_ranks_with_zero_3_equal_one_without_and_resume_equals_a_straight_ru
     assert all("--resume" in error for error in run_on_ranks(run_main, 2, two_ranks))
     # As if killed while it wrote the last checkpoint; the one before it is from the middle of the epoch.
     shutil.rmtree(tmp_path / "two" / "model")
-    (tmp_path / "two" / "checkpoints" / "checkpoint-3" / "complete").unlink()
+    checkpoints = tmp_path / "two" / "checkpoints"
+    (checkpoints / "checkpoint-3" / MANIFEST).unlink()
     assert run_on_ranks(run_main, 2, [*two_ranks, "--resume"]) == ["", ""]
+    assert all(torch.equal(final[name], weight) for name, weight in weights("two").items())
+    # And as if the disk had changed a bit of it since.
+    shutil.rmtree(tmp_path / "two" / "model")
+    flip_a_bit(max((checkpoints / "checkpoint-3").rglob("*.pt"), key=lambda path: path.stat().st_size))
+    assert run_on_ranks(run_main, 2, [*two_ranks, "--resume"]) == ["", ""]
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == [".damaged_checkpoint-3", "checkpoint-2", "checkpoint-3"]
     assert all(torch.equal(final[name], weight) for name, weight in weights("two").items())
     assert [row["loss"] for row in read_metrics(tmp_path / "two" / "metrics.jsonl") if "loss" in row] == losses

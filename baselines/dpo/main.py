@@ -15,7 +15,7 @@ from baselines.dpo.trainer import DpoTrainer, add_reference
 from common.config import parse_config
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
-from common.engine.trainer import last_complete_checkpoint, run_callbacks
+from common.engine.trainer import newest_checkpoint, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
 from common.errors import run_rank_command
 from common.feedback.labels import read_labels
@@ -41,7 +41,7 @@ def main() -> None:
     del reference
 
     args = training_arguments(config)
-    checkpoint = last_complete_checkpoint(args.output_dir)
+    checkpoint = newest_checkpoint(args.output_dir)
     trainer = DpoTrainer(
         model=load_causal_lm(config.model_name_or_path, config),
         args=args,

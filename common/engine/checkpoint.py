@@ -1,8 +1,8 @@
-"""Checkpoints of several engines: whole or absent, the newest complete one found again, old ones rotated away.
+"""Checkpoints of several engines: whole or absent, the newest sound one found again, old ones rotated away.
 
-A checkpoint is a folder `step_00000012/` with one DeepSpeed checkpoint per engine, the random state of each rank and
-`state.json`. It is written under a temporary name and renamed when every rank has finished, so that a folder with the
-right name is always complete. All ranks must see the same file system.
+A checkpoint is a folder `step_00000012/` with one DeepSpeed checkpoint per engine, the random state of each rank,
+`state.json` and a manifest. It is written under a temporary name and renamed when every rank has finished, so that a
+folder with the right name is always complete. All ranks must see the same file system.
 """
 
 from __future__ import annotations
@@ -16,35 +16,59 @@ import deepspeed
 import torch
 
 from common.engine.distributed import barrier, on_main_first, rank, world_size
-from common.errors import InputError
+from common.engine.manifest import is_complete, newest_sound, write_manifest
+from common.errors import InputError, SaveFailed
 from common.files import read_json, write_json
 
 _NAME = re.compile(r"step_(\d{8})")
 
 
 def save_checkpoint(
-    folder: str | Path, step: int, engines: dict[str, deepspeed.DeepSpeedEngine], state: dict[str, Any], keep: int
+    folder: str | Path,
+    step: int,
+    engines: dict[str, deepspeed.DeepSpeedEngine],
+    state: dict[str, Any],
+    keep: int,
+    score: float,
 ) -> Path:
-    """Save `engines` and `state` (JSON values) after `step`; then remove all but the newest `keep` checkpoints."""
+    """Save `engines` and `state` (JSON values) after `step`; then rotate.
+
+    Kept are the newest `keep` checkpoints and the one with the highest `score`; the others are removed once the new one
+    is complete. Raises `SaveFailed` when it cannot be written (a full disk): then all others are as they were.
+    """
     folder = Path(folder)
     final = folder / f"step_{step:08d}"
     temporary = folder / f".{final.name}.tmp"
-    on_main_first(lambda: _empty_folder(temporary))
-    for name, engine in engines.items():
-        engine.save_checkpoint(str(temporary), tag=name, save_latest=False, exclude_frozen_parameters=True)
-    torch.save(_random_state(), temporary / f"random_rank{rank()}.pt")
-    barrier()
+    try:
+        on_main_first(lambda: _empty_folder(temporary))
+        for name, engine in engines.items():
+            engine.save_checkpoint(str(temporary), tag=name, save_latest=False, exclude_frozen_parameters=True)
+        torch.save(_random_state(), temporary / f"random_rank{rank()}.pt")
+        barrier()
+        facts = state | {"step": step, "world_size": world_size(), "score": score}
+        on_main_first(lambda: write_json(temporary / "state.json", facts))
+        write_manifest(temporary)
+    except (OSError, RuntimeError) as error:  # torch raises the second for a file that it cannot finish
+        kept = list_checkpoints(folder)
+        raise SaveFailed(
+            f"checkpoint {final} could not be written ({' '.join(str(error).split())[:200]}); is the disk full? "
+            + (f"{kept[-1]} is untouched: make room, then --resume" if kept else "there is none before it")
+        ) from error
 
     def publish() -> None:
-        write_json(temporary / "state.json", state | {"step": step, "world_size": world_size()})
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        for old in list_checkpoints(folder)[:-keep]:
+        for old in _superseded(list_checkpoints(folder), keep):
             shutil.rmtree(old)
 
     on_main_first(publish)
     return final
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest undamaged checkpoint under `folder`, None without one. Call on all ranks."""
+    return newest_sound(list_checkpoints(folder))
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
@@ -52,7 +76,7 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / "state.json").is_file())
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and is_complete(path))
 
 
 def load_checkpoint(path: Path, engines: dict[str, deepspeed.DeepSpeedEngine]) -> dict[str, Any]:
@@ -71,6 +95,12 @@ def load_checkpoint(path: Path, engines: dict[str, deepspeed.DeepSpeedEngine]) -
             raise InputError(f"{path}: holds no checkpoint of {name}")
     _restore_random_state(torch.load(path / f"random_rank{rank()}.pt", weights_only=True))
     return state
+
+
+def _superseded(checkpoints: list[Path], keep: int) -> list[Path]:
+    """All but the newest `keep` and the best, the latest of equally good ones."""
+    best = max(checkpoints, key=lambda path: (read_json(path / "state.json")["score"], path.name))
+    return [path for path in checkpoints[:-keep] if path != best]
 
 
 def _empty_folder(path: Path) -> None:

@@ -17,10 +17,10 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from common.engine import distributed
-from common.errors import TrainingDiverged
+from common.engine.manifest import is_complete, newest_sound, write_manifest
+from common.engine.preemption import Preemption
+from common.errors import Preempted, SaveFailed, TrainingDiverged
 from common.tracking import JsonlCallback
-
-COMPLETE_MARK = "complete"
 
 
 class RecipeTrainer(Trainer):
@@ -38,6 +38,28 @@ class RecipeTrainer(Trainer):
         if not math.isfinite(loss.item()):
             raise TrainingDiverged(_diverged(f"loss {loss.item()}", self.state.global_step + 1))
         return loss
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """As in the base class; raises `SaveFailed` when the files cannot be written."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:  # torch raises the second for a file that it cannot finish
+            raise SaveFailed(
+                f"the checkpoint of step {self.state.global_step} could not be written "
+                f"({' '.join(str(error).split())[:200]}); is the disk full? Those before it are untouched: make room, "
+                "then --resume"
+            ) from error
+
+    def train(self, *arguments: Any, **settings: Any) -> Any:
+        """As in the base class; raises `Preempted`, after a checkpoint, when a scheduler asks the run to stop."""
+        with Preemption() as preemption:
+            stop = StopWhenAsked(preemption)
+            self.add_callback(stop)
+            result = super().train(*arguments, **settings)
+            self.remove_callback(stop)
+        if stop.asked and self.state.global_step < self.state.max_steps:
+            raise Preempted(self.state.global_step)
+        return result
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
         """The trained model's weights, gathered from all ranks onto rank 0 (empty elsewhere). Call on all ranks."""
@@ -71,6 +93,22 @@ class LengthGroupedOrder(Sampler[int]):
         return iter(get_length_grouped_indices(self._lengths, self._group_size, generator=generator))
 
 
+class StopWhenAsked(TrainerCallback):
+    """Saves and ends the training after the step in which `preemption` was requested."""
+
+    def __init__(self, preemption: Preemption) -> None:
+        self._preemption = preemption
+        self.asked = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask all ranks; one that was signalled is enough."""
+        if self._preemption.requested():
+            self.asked = control.should_save = control.should_training_stop = True
+        return control
+
+
 class CheckpointGuard(TrainerCallback):
     """Lets no diverged state into a checkpoint, and marks the checkpoints that every rank has finished writing."""
 
@@ -96,22 +134,19 @@ class CheckpointGuard(TrainerCallback):
                 raise TrainingDiverged(_diverged(f"{name} {value}", state.global_step))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Mark the checkpoint once all ranks have written their parts."""
-        distributed.barrier()
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / COMPLETE_MARK).touch()
+        """Give the checkpoint its manifest once all ranks have written their parts; without it, it is not complete."""
+        write_manifest(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
-def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint under `folder` that was written to its end; None when there is none."""
-    complete = [Path(path) for path in _checkpoints(folder) if (Path(path) / COMPLETE_MARK).is_file()]
-    return complete[-1] if complete else None
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint under `folder` that is complete and undamaged; None without one. Call on all ranks."""
+    return newest_sound([path for path in _checkpoints(folder) if is_complete(path)])
 
 
 def remove_incomplete_checkpoints(folder: str | Path) -> None:
     """Delete what a killed run left half written. Call on one process."""
     for path in _checkpoints(folder):
-        if not (Path(path) / COMPLETE_MARK).is_file():
+        if not is_complete(path):
             shutil.rmtree(path)
 
 
@@ -132,8 +167,8 @@ def run_callbacks(output_dir: str | Path, *, tensorboard: bool, checkpoint: Path
     return callbacks
 
 
-def _checkpoints(folder: str | Path) -> list[str]:
-    return sort_checkpoints(str(folder)) if Path(folder).is_dir() else []
+def _checkpoints(folder: str | Path) -> list[Path]:
+    return [Path(path) for path in sort_checkpoints(str(folder))] if Path(folder).is_dir() else []
 
 
 def _diverged(what: str, step: int) -> str:

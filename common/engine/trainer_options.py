@@ -17,7 +17,10 @@ from common.files import claim_output_dir
 
 # What may change between a run and its continuation.
 MAY_DIFFER = frozenset(
-    {"resume", "overwrite", "tensorboard", "save_total_limit", "logging_steps", "per_device_eval_batch_size"}
+    {
+        "output_dir", "resume", "overwrite", "tensorboard", "save_total_limit", "logging_steps",
+        "per_device_eval_batch_size",
+    }
 )
 
 

@@ -2,119 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.config import ModelOptions
-from common.data.records import Event, Example
-from common.errors import run_command
-from common.files import write_jsonl
 from common.models.loading import save_model_folder
-from common.models.reward_encoder import RewardInputOptions
-from common.models.token_reward import load_token_reward_model, save_token_reward_model
-from step3_tppo.main import main
-from tests.distributed.ranks import run_on_ranks
-from tests.tiny_models import TEXTS, ordinary_tokenizer, tiny_llama
+from tests.step3.runs import STEPS, assert_equal_runs, kill_after, numbers, run, run_successfully, write_inputs
+from tests.tiny_models import ordinary_tokenizer, tiny_llama
 
 pytestmark = pytest.mark.distributed
-STEPS = 4
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An actor, a reward model and training examples."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tokenizer = ordinary_tokenizer()
-    save_model_folder(tiny_llama(), tokenizer, folder / "actor", {})
-    reward = load_token_reward_model(str(folder / "actor"), ModelOptions(), bidirectional=True)
-    save_token_reward_model(folder / "reward", reward, tokenizer, RewardInputOptions("compact", 2, 64, 32), {})
-    history = [Event("search", query=text.replace("\n", " ")) for text in TEXTS]
-    examples = [
-        Example(f"e{i}", f"u{i}", f"u{i}", "test", "train", tuple(history[: 1 + i % 3]), ("red hat", "blue shoes"))
-        for i in range(12)
-    ]
-    write_jsonl(folder / "data" / "train.jsonl", (example.to_dict() for example in examples))
-    return folder
-
-
-def command(inputs: Path, output: Path, *flags: str) -> list[str]:
-    return [
-        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--no_local_rank",
-        "--master_port", str(20_000 + os.getpid() % 10_000), "step3_tppo/main.py",
-        "--actor_path", str(inputs / "actor"), "--reward_path", str(inputs / "reward"),
-        "--data_dir", str(inputs / "data"), "--output_dir", str(output), "--prompt_template", "compact",
-        "--num_queries", "2", "--max_prompt_tokens", "64", "--max_response_tokens", "8", "--total_steps", str(STEPS),
-        "--rollout_batch_size", "4", "--mini_batch_size", "4", "--micro_batch_size", "1", "--scoring_batch_size", "2",
-        "--actor_learning_rate", "1e-2", "--critic_learning_rate", "1e-2", "--critic_warmup_steps", "1",
-        "--save_steps", "2", "--lr_schedule", "linear", *flags,
-    ]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {
-        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd()),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-
-
-def run(inputs: Path, output: Path, *flags: str) -> list[tuple[int, str]]:
-    """The command on two ranks of the pool, which have imported everything; exit status and standard error of each."""
-    argv = command(inputs, output, *flags)
-    return run_on_ranks(_main, 2, argv[argv.index("step3_tppo/main.py") :])
-
-
-def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
-    errors = io.StringIO()
-    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stderr(errors):
-        try:
-            run_command(main)
-        except SystemExit as stop:
-            return int(stop.code), errors.getvalue()
-    return 0, errors.getvalue()
-
-
-def kill_after(checkpoint: Path, inputs: Path, output: Path, *flags: str) -> None:
-    """Start a run and SIGKILL its whole process group once `checkpoint` is there."""
-    process = subprocess.Popen(
-        command(inputs, output, *flags), env=environment(), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 240
-        while not checkpoint.is_dir():
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline, "no checkpoint in 240 s"
-            time.sleep(0.02)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    # The ranks are in their launcher's group; nothing of the run may still write when it is resumed.
-    subprocess.run(["pkill", "-KILL", "-f", f"--output_dir {output}"], check=False)
-    time.sleep(0.5)
-
-
-def run_successfully(inputs: Path, output: Path, *flags: str) -> None:
-    for status, error in run(inputs, output, *flags):
-        assert status == 0, error[-3000:]
-
-
-def numbers(output: Path) -> list[dict[str, float]]:
-    """The metrics of each step but for what a clock measured."""
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.mark.timeout(900)
@@ -129,10 +34,7 @@ def test_killed_and_resumed_equals_undisturbed(inputs: Path, tmp_path: Path) -> 
     run_successfully(inputs, killed, "--resume")
 
     assert [row["step"] for row in numbers(straight)] == list(range(STEPS))
-    assert numbers(killed) == numbers(straight)  # to the last bit
-    for name in ("model/model.safetensors", "critic/model.safetensors", "critic/value_head.safetensors"):
-        ours, theirs = load_file(killed / name), load_file(straight / name)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+    assert_equal_runs(killed, straight)
 
     first, *_, last = numbers(straight)
     assert first["kl/per_sequence"] == 0.0  # the critic warms up, the actor is still the reference

@@ -1,0 +1,105 @@
+"""What a checkpoint folder holds, by size and hash, so that a half or damaged one is never resumed from.
+
+The manifest is the last file to be written: a folder without one is not complete. All ranks hash a share of the files,
+which must lie on a file system that all of them see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from common.engine.distributed import barrier, on_main_first, rank, world_size
+from common.errors import InputError
+from common.files import read_json, write_json
+
+MANIFEST = "manifest.json"
+DAMAGED = ".damaged_"
+
+
+def write_manifest(folder: Path) -> None:
+    """List all files of `folder` in its manifest, once they are on disk. Call on all ranks, after all have written."""
+    barrier()
+    found = {name: _describe(folder / name) for name in _share(_names(folder))}
+    files = {name: description for part in _from_all_ranks(found) for name, description in part.items()}
+    on_main_first(lambda: write_json(folder / MANIFEST, {"files": dict(sorted(files.items()))}))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` was written to its end; what is in it may have been damaged since."""
+    return (folder / MANIFEST).is_file()
+
+
+def damage(folder: Path) -> list[str]:
+    """What is wrong with a complete folder, nothing for a sound one: the same list on all ranks. Call on all."""
+    try:
+        listed = read_json(folder / MANIFEST)["files"]
+        problems = [problem for name in _share(sorted(listed)) if (problem := _problem(folder / name, listed[name]))]
+    except (InputError, TypeError, KeyError) as error:
+        problems = [f"{folder / MANIFEST}: not readable ({error})"]
+    return sorted({problem for part in _from_all_ranks(problems) for problem in part})
+
+
+def newest_sound(folders: Sequence[Path]) -> Path | None:
+    """The last of `folders` (complete ones, oldest first) that is undamaged; None without one. Call on all ranks.
+
+    A damaged one is named, with what is wrong, and set aside under a name that no run looks for.
+    """
+    for folder in reversed(folders):
+        problems = damage(folder)
+        if not problems:
+            return folder
+        aside = folder.with_name(f"{DAMAGED}{folder.name}")
+        if rank() == 0:
+            print(
+                f"warning: checkpoint {folder} is damaged ({'; '.join(problems[:3])}); "
+                f"set aside as {aside.name}, the one before it is tried",
+                flush=True,
+            )
+        on_main_first(lambda folder=folder, aside=aside: _set_aside(folder, aside))
+    return None
+
+
+def _set_aside(folder: Path, aside: Path) -> None:
+    number = 0
+    while aside.exists():
+        number += 1
+        aside = aside.with_name(f"{DAMAGED}{folder.name}_{number}")
+    folder.rename(aside)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST
+    )
+
+
+def _share(names: Sequence[str]) -> Iterator[str]:
+    return iter(names[rank() :: world_size()])
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+        return {"size": os.fstat(stream.fileno()).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _problem(path: Path, listed: dict[str, Any]) -> str:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != listed["size"]:
+        return f"{path.name} has {path.stat().st_size} bytes, not {listed['size']}"
+    return "" if _describe(path)["sha256"] == listed["sha256"] else f"{path.name} has other content"
+
+
+def _from_all_ranks(value: Any) -> list[Any]:
+    values = [value]
+    if dist.is_initialized() and world_size() > 1:
+        values = [None] * world_size()
+        dist.all_gather_object(values, value)
+    return values

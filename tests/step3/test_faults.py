@@ -1,0 +1,126 @@
+"""Step 3 killed in every place where it hurts, damaged on disk, or out of disk: it goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from common.engine.checkpoint import list_checkpoints
+from tests.engine.test_manifest import flip_a_bit
+from tests.step3.runs import assert_equal_runs, command, environment, numbers, run_successfully, write_inputs
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+FLAGS = ("--total_steps", "20", "--save_steps", "4")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def straight(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 20 steps that nothing disturbs."""
+    output = tmp_path_factory.mktemp("straight") / "run"
+    run_successfully(inputs, output, *FLAGS)
+    assert [row["step"] for row in numbers(output)] == list(range(20))
+    return output
+
+
+def run_killed(inputs: Path, output: Path, place: str, call: int, rank: int) -> int:
+    """The run under the deepspeed launcher with a rank that kills itself; the launcher's exit status."""
+    launch = command(inputs, output, *FLAGS)
+    script = launch.index("step3_tppo/main.py")
+    launch[script : script + 1] = ["tests/step3/killed_main.py", place, str(call), str(rank)]
+    ended = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=300)
+    assert not _ranks_of(output), "the launcher left a rank behind"
+    return ended.returncode
+
+
+def _ranks_of(output: Path) -> str:
+    return subprocess.run(["pgrep", "-f", f"--output_dir {output}"], capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "rank"),
+    [
+        ("step", 11, 1),  # the beginning of step 11
+        ("switch", 22, 0),  # from training to inference and back, several times a step
+        ("draw", 85, 1),  # in the middle of a rollout: some eight tokens a step
+        ("update", 11, 0),
+        ("checkpoint", 4, 1),  # the critic's part of the second checkpoint; the actor's is written
+        ("manifest", 2, 0),  # everything is written but the list
+        ("rotation", 3, 0),  # the third checkpoint has its name, the first is not removed yet
+    ],
+)
+def test_killed_anywhere_and_resumed_equals_undisturbed(
+    place: str, call: int, rank: int, inputs: Path, straight: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    assert run_killed(inputs, output, place, call, rank) != 0
+    assert not (output / "model").exists()
+    run_successfully(inputs, output, *FLAGS, "--resume")
+    assert_equal_runs(output, straight)
+    assert not list((output / "checkpoints").glob(".*"))  # nothing half-written stays
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
+    inputs: Path, straight: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(straight, output)
+    shutil.rmtree(output / "model")
+    *_, before, newest = list_checkpoints(output / "checkpoints")
+    flip_a_bit(max(newest.rglob("*.pt"), key=lambda path: path.stat().st_size))
+    run_successfully(inputs, output, *FLAGS, "--resume")
+    assert_equal_runs(output, straight)
+    assert (output / "checkpoints" / f".damaged_{newest.name}").is_dir()
+    assert before in list_checkpoints(output / "checkpoints")
+
+
+def test_kept_are_the_newest_and_the_best(straight: Path) -> None:
+    """The score is the mean reward of the steps since the checkpoint before; the run's rewards decide which is best."""
+    scores = [row["reward/score_per_response"] for row in numbers(straight)]
+    means = {step: sum(scores[step - 4 : step]) / 4 for step in (4, 8, 12, 16, 20)}
+    best = max(means, key=lambda step: (means[step], step))
+    names = {f"step_{step:08d}" for step in {16, 20, best}}
+    assert {path.name for path in list_checkpoints(straight / "checkpoints")} == names
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint_whole(
+    inputs: Path, straight: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of a file stands for the disk: the write fails alike. The metrics stay far below it."""
+    output = tmp_path / "run"
+    assert run_killed(inputs, output, "step", 11, 0) != 0
+    launch = command(inputs, output, *FLAGS, "--resume")
+    ended = subprocess.run(
+        launch, env=environment(), capture_output=True, text=True, timeout=300, preexec_fn=_limit_files
+    )
+    assert ended.returncode == 4, ended.stderr[-2000:]
+    assert "could not be written" in ended.stderr and "is the disk full?" in ended.stderr
+    assert "step_00000008 is untouched: make room, then --resume" in ended.stderr
+    assert list_checkpoints(output / "checkpoints")[-1].name == "step_00000008"
+    run_successfully(inputs, output, *FLAGS, "--resume")
+    assert_equal_runs(output, straight)
+
+
+def _limit_files() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+
+def test_another_number_of_ranks_is_refused_with_what_to_do(inputs: Path, straight: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(straight, output)
+    launch = command(inputs, output, *FLAGS, "--resume")
+    launch[launch.index("--num_gpus") + 1] = "1"
+    ended = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2 and "written by 2 ranks, but 1 are running" in ended.stderr
+    assert os.path.isdir(output / "model")
