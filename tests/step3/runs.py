@@ -69,10 +69,10 @@ def environment() -> dict[str, str]:
 def run(inputs: Path, output: Path, *flags: str) -> list[tuple[int, str]]:
     """The command on two ranks of the pool, which have imported everything; exit status and standard error of each."""
     argv = command(inputs, output, *flags)
-    return run_on_ranks(_main, 2, argv[argv.index("step3_tppo/main.py") :])
+    return run_on_ranks(run_main, 2, argv[argv.index("step3_tppo/main.py") :])
 
 
-def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
+def run_main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
     errors = io.StringIO()
     with mock.patch.object(sys, "argv", argv), contextlib.redirect_stderr(errors):
         try:

@@ -13,15 +13,10 @@ import pytest
 
 from common.engine.checkpoint import list_checkpoints
 from tests.engine.test_manifest import flip_a_bit
-from tests.step3.runs import assert_equal_runs, command, environment, numbers, run_successfully, write_inputs
+from tests.step3.runs import assert_equal_runs, command, environment, numbers, run_successfully
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 FLAGS = ("--total_steps", "20", "--save_steps", "4")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

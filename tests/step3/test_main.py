@@ -10,16 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.models.loading import save_model_folder
-from tests.step3.runs import STEPS, assert_equal_runs, kill_after, numbers, run, run_successfully, write_inputs
+from tests.step3.runs import STEPS, assert_equal_runs, kill_after, numbers, run, run_successfully
 from tests.tiny_models import ordinary_tokenizer, tiny_llama
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An actor, a reward model and training examples."""
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.mark.timeout(900)

@@ -12,7 +12,7 @@ import pytest
 from common.engine.checkpoint import list_checkpoints
 from step3_tppo.monitor import OverOptimisation
 from tests.distributed.ranks import run_on_ranks
-from tests.step3.test_main import _main, command, inputs, numbers, run_successfully  # noqa: F401 - a fixture
+from tests.step3.runs import run_main, command, numbers, run_successfully
 
 pytestmark = pytest.mark.distributed
 
@@ -29,14 +29,14 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def base(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:  # noqa: F811
+def base(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     output = tmp_path_factory.mktemp("base") / "run"
     run_successfully(inputs, output, *BASE)
     return numbers(output)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_an_option_changes_the_update_alone(inputs: Path, base: list[dict], tmp_path: Path, name: str) -> None:  # noqa: F811
+def test_an_option_changes_the_update_alone(inputs: Path, base: list[dict], tmp_path: Path, name: str) -> None:
     run_successfully(inputs, tmp_path / "run", *BASE, *OPTIONS[name])
     found = numbers(tmp_path / "run")
     # Step 0 warms the critic up, and at step 1 the actor is still the reference: both rollouts are the same.
@@ -55,7 +55,7 @@ def test_several_epochs_leave_ratio_one_behind(base: list[dict]) -> None:
     assert all(row["policy/optimizer_steps"] == 3 for row in base)
 
 
-def test_adaptive_kl_follows_its_rule(inputs: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_adaptive_kl_follows_its_rule(inputs: Path, tmp_path: Path) -> None:
     run_successfully(inputs, tmp_path / "run", "--kl_target", "0.05", "--kl_horizon", "20", "--tensorboard", "false")
     rows = numbers(tmp_path / "run")
     for before, after in pairwise(rows):
@@ -64,7 +64,7 @@ def test_adaptive_kl_follows_its_rule(inputs: Path, tmp_path: Path) -> None:  # 
 
 
 @pytest.mark.parametrize("mode", ["running", "position"])
-def test_reward_normalisation_and_its_resume(inputs: Path, tmp_path: Path, mode: str) -> None:  # noqa: F811
+def test_reward_normalisation_and_its_resume(inputs: Path, tmp_path: Path, mode: str) -> None:
     flags = ("--reward_norm", mode, "--kl_target", "0.05", "--kl_horizon", "20", "--tensorboard", "false")
     run_successfully(inputs, tmp_path / "straight", *flags)
     run_successfully(inputs, tmp_path / "resumed", *flags, "--lr_schedule", "constant", "--total_steps", "2")
@@ -78,7 +78,7 @@ def test_reward_normalisation_and_its_resume(inputs: Path, tmp_path: Path, mode:
         assert sum(row["tokens"]) == pytest.approx(4 * step["response/tokens"])
 
 
-def test_the_monitor_only_watches(inputs: Path, base: list[dict], tmp_path: Path) -> None:  # noqa: F811
+def test_the_monitor_only_watches(inputs: Path, base: list[dict], tmp_path: Path) -> None:
     run_successfully(inputs, tmp_path / "run", *BASE, "--monitor", "lexical")
     judge = ("judge/relevance_rate", "judge/mean_word_score", "judge/word_gap", "judge/word_calibration_error")
     for row, plain in zip(numbers(tmp_path / "run"), base, strict=True):
@@ -87,7 +87,7 @@ def test_the_monitor_only_watches(inputs: Path, base: list[dict], tmp_path: Path
         assert abs(row["judge/word_gap"]) <= row["judge/word_calibration_error"] + 1e-12
 
 
-def test_the_monitor_as_the_reward(inputs: Path, base: list[dict], tmp_path: Path) -> None:  # noqa: F811
+def test_the_monitor_as_the_reward(inputs: Path, base: list[dict], tmp_path: Path) -> None:
     run_successfully(inputs, tmp_path / "run", *BASE, "--monitor", "lexical", "--reward_from", "monitor")
     rows = numbers(tmp_path / "run")
     assert all(row["judge/word_gap"] == row["judge/word_calibration_error"] == 0 for row in rows)
@@ -98,10 +98,10 @@ def test_the_monitor_as_the_reward(inputs: Path, base: list[dict], tmp_path: Pat
 
 def _stopped_after_two(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
     with mock.patch.object(OverOptimisation, "found", lambda rule: len(rule._history) == 2):
-        return _main(rank, world_size, argv)
+        return run_main(rank, world_size, argv)
 
 
-def test_over_optimisation_ends_the_run_with_its_model(inputs: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_over_optimisation_ends_the_run_with_its_model(inputs: Path, tmp_path: Path) -> None:
     argv = command(inputs, tmp_path / "run", "--monitor", "lexical", "--monitor_margin", "0.1", "--save_steps", "50")
     for flags in ((), ("--resume",)):  # taken up again, an ended run stays where it is
         for status, error in run_on_ranks(_stopped_after_two, 2, [*argv[argv.index("step3_tppo/main.py") :], *flags]):
