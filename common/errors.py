@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+HUNG = 70  # EX_SOFTWARE of sysexits.h: a rank made no progress
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 

@@ -62,6 +62,10 @@ launch() {
         *--master_port*|*--hostfile*) ;;
         *) launcher+=(--master_port "$(free_port)") ;;
     esac
+    local remote=""
+    case " ${launcher[*]} " in
+        *--hostfile*) remote="$(remote_environment)"; [ -z "$remote" ] || export DS_ENV_FILE="$remote" ;;
+    esac
     # Ranks are read from the environment, so that flags are the user's alone. In the background, because bash handles
     # signals only between commands.
     deepspeed "${launcher[@]}" --no_local_rank "$script" "${flags[@]}" &
@@ -71,7 +75,21 @@ launch() {
     while kill -0 "$job" 2>/dev/null; do wait "$job" || true; done
     wait "$job" || status=$?
     trap - TERM USR1 INT
+    [ -z "$remote" ] || rm -f "$remote"
     return "$status"
+}
+
+# remote_environment: a file with what ranks on other hosts must know, as ssh hands on no environment; deepspeed reads it.
+# Nothing secret is in it. No file is made where the user has one (DS_ENV_FILE, .deepspeed_env).
+remote_environment() {
+    [ -z "${DS_ENV_FILE:-}" ] && [ ! -f .deepspeed_env ] && [ ! -f ~/.deepspeed_env ] || return 0
+    local file name
+    file="$(mktemp)"
+    for name in DS_ACCELERATOR OMP_NUM_THREADS TOKENIZERS_PARALLELISM GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME \
+        NCCL_DEBUG NCCL_IB_DISABLE HF_HOME HF_HUB_OFFLINE; do
+        [ -z "${!name:-}" ] || echo "$name=${!name}" >> "$file"
+    done
+    echo "$file"
 }
 
 # signal_ranks PID SCRIPT: hand a scheduler's signal on to the processes below PID that run SCRIPT. They save and end with

@@ -15,6 +15,7 @@ from common.data.prompts import PromptBuilder
 from common.engine import distributed
 from common.engine.trainer import newest_checkpoint, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
+from common.engine.watchdog import Watchdog
 from common.errors import run_rank_command
 from common.files import write_json
 from common.models.loading import (
@@ -56,6 +57,7 @@ def main() -> None:
 
     model = load_causal_lm(config.model_name_or_path, config)
     check_vocabulary(model, tokenizer)
+    watchdog = Watchdog(config.output_dir, config.hang_timeout)
     trainer = SftTrainer(
         model=apply_lora(model, config),
         args=args,
@@ -63,10 +65,13 @@ def main() -> None:
         eval_dataset=dev.rows,
         data_collator=PadRight(tokenizer.pad_token_id),
         processing_class=tokenizer,
-        callbacks=run_callbacks(config.output_dir, tensorboard=config.tensorboard, checkpoint=checkpoint),
+        callbacks=run_callbacks(
+            config.output_dir, tensorboard=config.tensorboard, checkpoint=checkpoint, watchdog=watchdog
+        ),
         prompt_loss_weight=config.prompt_loss_weight,
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with watchdog:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     save(trainer, config)
     if distributed.rank() == 0:
         write_json(Path(config.output_dir) / "timings.json", {"step1_sft": round(time.monotonic() - start, 1)})

@@ -16,6 +16,7 @@ from common.config import parse_config
 from common.engine import distributed
 from common.engine.trainer import newest_checkpoint, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
+from common.engine.watchdog import Watchdog
 from common.errors import run_rank_command
 from common.feedback.labels import read_labels
 from common.files import write_json
@@ -49,6 +50,7 @@ def main() -> None:
     class_weights = config.class_weights or inverse_class_frequency(data.class_counts)
     announce(config, data, class_weights, checkpoint)
 
+    watchdog = Watchdog(config.output_dir, config.hang_timeout)
     trainer = RewardTrainer(
         model=model,
         args=args,
@@ -56,13 +58,16 @@ def main() -> None:
         held_out=data.held_out,
         data_collator=RewardCollator(encoder),
         processing_class=tokenizer,
-        callbacks=run_callbacks(config.output_dir, tensorboard=config.tensorboard, checkpoint=checkpoint),
+        callbacks=run_callbacks(
+            config.output_dir, tensorboard=config.tensorboard, checkpoint=checkpoint, watchdog=watchdog
+        ),
         w=config.w,
         class_weights=class_weights,
         class_keep_ratios=config.class_keep_ratios,
         learns_query_rule=config.query_rule == "learned",
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with watchdog:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = trainer.final_metrics()
     facts = {
         "heads": config.heads,

@@ -128,6 +128,10 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
     keep_checkpoints: int = option(
         2, "Newest checkpoints to keep, besides the one of the highest judged relevance (without a monitor: reward)."
     )
+    hang_timeout: float = option(
+        1800.0, "End the job when a rank makes no progress in a phase (rollout, update, checkpoint) for so many "
+        "seconds; 0: never."
+    )
     sample_steps: int = option(20, "Show sampled responses with each token's reward every so many steps.")
 
     def validate(self, world_size: int) -> None:
@@ -145,7 +149,7 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
                 raise InputError(f"--{name} must be positive, not {getattr(self, name)}")
         not_negative = (
             "kl_coef", "clip_range_high", "entropy_coef", "kl_target", "sentence_coef", "decode_rows",
-            "micro_batch_tokens", "scoring_batch_tokens",
+            "micro_batch_tokens", "scoring_batch_tokens", "hang_timeout",
         )
         for name in not_negative:
             if getattr(self, name) < 0:

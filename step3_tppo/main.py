@@ -34,7 +34,7 @@ from step3_tppo.trainer import TPPOTrainer
 MAY_DIFFER_ON_RESUME = frozenset(
     {
         "output_dir", "resume", "overwrite", "total_steps", "save_steps", "keep_checkpoints", "sample_steps",
-        "tensorboard",
+        "tensorboard", "hang_timeout",
     }
 )
 

@@ -18,6 +18,7 @@ from common.engine import checkpoint, distributed
 from common.engine.accumulation import accumulate, micro_batches
 from common.engine.offload import resting_optimizers
 from common.engine.preemption import Preemption
+from common.engine.watchdog import Watchdog
 from common.errors import Preempted, TrainingDiverged
 from common.models.sequences import TokenScores, response_scores
 from common.tracking import Tracker, progress
@@ -74,6 +75,7 @@ class TPPOTrainer:
         self._monitor = monitor
         self._over_optimised = OverOptimisation(config.monitor_margin)
         self._scores: list[float] = []  # of the steps since the last checkpoint, which their mean tells from the best
+        self._watchdog = Watchdog(config.output_dir, config.hang_timeout)
         self._order_made: tuple[int, list[int]] = (-1, [])
 
     def train(self) -> None:
@@ -85,7 +87,7 @@ class TPPOTrainer:
         tracker = Tracker(self._config.output_dir, tensorboard=self._config.tensorboard, first_step=first)
         bar = progress(total=self._config.total_steps, initial=first, desc="step 3: TPPO")
         try:
-            with Preemption() as preemption:
+            with Preemption() as preemption, self._watchdog:
                 for step in range(first, self._config.total_steps):
                     if self._over_optimised.found():
                         bar.write(f"stopped after {step} steps: the judge's relevance fell while the reward did not")
@@ -124,6 +126,7 @@ class TPPOTrainer:
     def _step(self, step: int) -> StepResult:
         """One rollout and its updates; returns what to log."""
         config = self._config
+        self._watchdog.phase("rollout", step)
         with resting_optimizers(*self._engines().values()) if config.offload_states else nullcontext():
             rollout = self._make_rollout(self._examples_of(step), seed=self._seed(step, distributed.rank()))
         mask = rollout.batch.response_mask
@@ -145,6 +148,7 @@ class TPPOTrainer:
             advantages = whiten(advantages, mask)
         profiles = position_profiles(rewards, rollout.values, advantages, mask, config.max_response_tokens)
         begun = time.perf_counter()
+        self._watchdog.phase("update", step)
         scalars |= self._update(step, rollout, advantages, returns)
         seconds = rollout.seconds | {"update": time.perf_counter() - begun}
         scalars["policy/learning_rate"] = self._models.actor.engine.get_lr()[0]
@@ -287,6 +291,7 @@ class TPPOTrainer:
             "reward_sums": self._normalise.state(),
             "monitored": self._over_optimised.state(),
         }
+        self._watchdog.phase("checkpoint", step - 1)
         score, self._scores = statistics.fmean(self._scores), []
         checkpoint.save_checkpoint(
             self._checkpoints, step, self._engines(), state, self._config.keep_checkpoints, score

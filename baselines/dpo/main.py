@@ -17,6 +17,7 @@ from common.data.prompts import PromptBuilder
 from common.engine import distributed
 from common.engine.trainer import newest_checkpoint, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
+from common.engine.watchdog import Watchdog
 from common.errors import run_rank_command
 from common.feedback.labels import read_labels
 from common.models.loading import check_vocabulary, load_causal_lm, load_tokenizer, save_model_folder
@@ -42,6 +43,7 @@ def main() -> None:
 
     args = training_arguments(config)
     checkpoint = newest_checkpoint(args.output_dir)
+    watchdog = Watchdog(config.output_dir, config.hang_timeout)
     trainer = DpoTrainer(
         model=load_causal_lm(config.model_name_or_path, config),
         args=args,
@@ -49,11 +51,14 @@ def main() -> None:
         eval_dataset=dev,
         data_collator=collator,
         processing_class=tokenizer,
-        callbacks=run_callbacks(config.output_dir, tensorboard=config.tensorboard, checkpoint=checkpoint),
+        callbacks=run_callbacks(
+            config.output_dir, tensorboard=config.tensorboard, checkpoint=checkpoint, watchdog=watchdog
+        ),
         beta=config.beta,
         temperature=config.temperature,
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with watchdog:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     weights = trainer.whole_weights()
     folder = Path(config.output_dir) / "model"
     distributed.on_main_first(lambda: save_model_folder(trainer.model, tokenizer, folder, {"do_sample": True}, weights))

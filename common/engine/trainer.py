@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from common.engine import distributed
 from common.engine.manifest import is_complete, newest_sound, write_manifest
 from common.engine.preemption import Preemption
+from common.engine.watchdog import Watchdog
 from common.errors import Preempted, SaveFailed, TrainingDiverged
 from common.tracking import JsonlCallback
 
@@ -109,6 +110,29 @@ class StopWhenAsked(TrainerCallback):
         return control
 
 
+class TellPhase(TrainerCallback):
+    """Tells the watchdog each step, each batch of an evaluation, and each checkpoint."""
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self._watchdog = watchdog
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A step has begun."""
+        self._watchdog.phase("update", state.global_step)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A batch of the evaluation is done."""
+        self._watchdog.phase("evaluation", state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A checkpoint is written; its manifest comes now."""
+        self._watchdog.phase("checkpoint", state.global_step)
+
+
 class CheckpointGuard(TrainerCallback):
     """Lets no diverged state into a checkpoint, and marks the checkpoints that every rank has finished writing."""
 
@@ -155,10 +179,15 @@ def checkpoint_step(checkpoint: Path | None) -> int:
     return int(checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")) if checkpoint else 0
 
 
-def run_callbacks(output_dir: str | Path, *, tensorboard: bool, checkpoint: Path | None) -> list[TrainerCallback]:
-    """The guard, `metrics.jsonl`, and TensorBoard under `output_dir`. Give the Trainer `report_to="none"`."""
+def run_callbacks(
+    output_dir: str | Path, *, tensorboard: bool, checkpoint: Path | None, watchdog: Watchdog | None = None
+) -> list[TrainerCallback]:
+    """The guard, `metrics.jsonl`, and TensorBoard under `output_dir`; what `watchdog`, to be entered around the
+    training, is told. Give the Trainer `report_to="none"`."""
     output_dir = Path(output_dir)
     callbacks: list[TrainerCallback] = [CheckpointGuard(), JsonlCallback(output_dir / "metrics.jsonl")]
+    if watchdog is not None:
+        callbacks.append(TellPhase(watchdog))
     if tensorboard and distributed.rank() == 0:
         # purge_step hides the points that a killed run wrote after the checkpoint we resume from.
         first_step = checkpoint_step(checkpoint) + 1

@@ -19,7 +19,7 @@ from common.files import claim_output_dir
 MAY_DIFFER = frozenset(
     {
         "output_dir", "resume", "overwrite", "tensorboard", "save_total_limit", "logging_steps",
-        "per_device_eval_batch_size",
+        "per_device_eval_batch_size", "hang_timeout",
     }
 )
 
@@ -43,6 +43,9 @@ class TrainerOptions(ZeroOptions, ModelOptions, RunOptions):
     logging_steps: int = option(10, "Steps between two points of the training curves.")
     eval_steps: int = option(200, "Steps between two evaluations on held-out users; there is one at the end.")
     save_steps: int = option(200, "Steps between two checkpoints; there is one at the end.")
+    hang_timeout: float = option(
+        1800.0, "End the job when a rank makes no progress within a step or checkpoint for so many seconds; 0: never."
+    )
     save_total_limit: int = option(2, "Checkpoints kept; 2 or more, so that one is whole while the next is written.")
 
 
@@ -54,7 +57,7 @@ def check_trainer_options(options: TrainerOptions) -> None:
     ):  # fmt: skip
         if getattr(options, name) <= 0:
             raise InputError(f"--{name} must be above 0, not {getattr(options, name)}")
-    for name in ("max_steps", "weight_decay", "max_grad_norm"):
+    for name in ("max_steps", "weight_decay", "max_grad_norm", "hang_timeout"):
         if getattr(options, name) < 0:
             raise InputError(f"--{name} must not be negative, but is {getattr(options, name)}")
     if options.save_total_limit < 2:

@@ -1,6 +1,6 @@
-"""Step 3 with a rank that kills itself at a chosen place: killed_main.py PLACE CALL RANK FLAGS...
+"""Step 3 with a rank that kills or stops itself at a chosen place: killed_main.py SIGNAL PLACE CALL RANK FLAGS...
 
-PLACE names a function of the run; SIGKILL comes as rank RANK makes its CALL-th call to it (counted from 1).
+PLACE names a function of the run; SIGNAL comes as rank RANK makes its CALL-th call to it (counted from 1).
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ PLACES: dict[str, tuple[Any, str]] = {
 }
 
 
-def killed_at(function: Callable[..., Any], call: int) -> Callable[..., Any]:
-    """`function` that ends this process at its `call`-th call."""
+def signalled_at(function: Callable[..., Any], call: int, number: signal.Signals) -> Callable[..., Any]:
+    """`function` that sends this process the signal at its `call`-th call."""
     calls = 0
 
     def wrapped(*arguments: Any, **settings: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return function(*arguments, **settings)
 
     return wrapped
 
 
 if __name__ == "__main__":
-    place, call, rank, *flags = sys.argv[1:]
+    name_of_signal, place, call, rank, *flags = sys.argv[1:]
     if os.environ["RANK"] == rank:
         owner, name = PLACES[place]
-        setattr(owner, name, killed_at(getattr(owner, name), int(call)))
+        setattr(owner, name, signalled_at(getattr(owner, name), int(call), signal.Signals[name_of_signal]))
     sys.argv = ["main.py", *flags]
     run_rank_command(main.main)

@@ -32,7 +32,7 @@ def run_killed(inputs: Path, output: Path, place: str, call: int, rank: int) -> 
     """The run under the deepspeed launcher with a rank that kills itself; the launcher's exit status."""
     launch = command(inputs, output, *FLAGS)
     script = launch.index("step3_tppo/main.py")
-    launch[script : script + 1] = ["tests/step3/killed_main.py", place, str(call), str(rank)]
+    launch[script : script + 1] = ["tests/step3/killed_main.py", "SIGKILL", place, str(call), str(rank)]
     ended = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=300)
     assert not _ranks_of(output), "the launcher left a rank behind"
     return ended.returncode

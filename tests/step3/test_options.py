@@ -12,7 +12,7 @@ import pytest
 from common.engine.checkpoint import list_checkpoints
 from step3_tppo.monitor import OverOptimisation
 from tests.distributed.ranks import run_on_ranks
-from tests.step3.runs import run_main, command, numbers, run_successfully
+from tests.step3.runs import command, numbers, run_main, run_successfully
 
 pytestmark = pytest.mark.distributed
 

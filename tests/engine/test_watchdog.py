@@ -1,0 +1,64 @@
+"""A rank that hangs: the job ends within the time that was set, and the message names the rank and its phase."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common.engine.watchdog import FOLDER, Watchdog
+from common.errors import HUNG
+from tests.step3.runs import command, environment, write_inputs
+
+HANGS = """
+import sys, time
+from common.engine.watchdog import Watchdog
+with Watchdog(sys.argv[1], 1.0) as watchdog:
+    for step in range(3):
+        watchdog.phase("rollout", step)
+        time.sleep(0.5)
+    watchdog.phase("update", 3)
+    time.sleep(60)
+"""
+
+
+def test_a_process_without_progress_ends_and_says_where_it_was(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-c", HANGS, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == HUNG and time.monotonic() - begun < 50
+    assert "hung: rank 0 has made no progress for 1 s (--hang_timeout 1)" in ended.stderr
+    assert "rank 0: alive, in update of step 3 for 1 s" in ended.stderr
+    assert 'File "<string>", line 9' in ended.stderr  # where it stood
+
+
+def test_work_that_goes_on_is_left_alone(tmp_path: Path) -> None:
+    with Watchdog(tmp_path, 0.4) as watchdog:
+        for step in range(10):
+            watchdog.phase("rollout", step)
+            time.sleep(0.1)
+    beat = json.loads((tmp_path / FOLDER / "rank0.json").read_text())
+    assert beat["phase"] == "rollout" and beat["alive"] >= beat["since"] - 0.5
+    with Watchdog(tmp_path / "off", 0):
+        pass
+    assert not (tmp_path / "off").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+def test_a_stopped_rank_ends_the_job_and_is_named_by_the_others(tmp_path: Path) -> None:
+    """SIGSTOP stands for a machine that hangs. The launcher waits half a minute before it kills what it cannot end."""
+    launch = command(write_inputs(tmp_path / "inputs"), tmp_path / "run", "--hang_timeout", "5")
+    script = launch.index("step3_tppo/main.py")
+    launch[script : script + 1] = ["tests/step3/killed_main.py", "SIGSTOP", "update", "3", "1"]
+    ended = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=200)
+    assert ended.returncode == HUNG, ended.stderr[-2000:]
+    assert "rank 1: no sign of life for" in ended.stderr and "in update of step 2" in ended.stderr
+    assert "rank 0: alive, in update of step 2" in ended.stderr
+    left = subprocess.run(["pgrep", "-f", f"--output_dir {tmp_path / 'run'}"], capture_output=True, text=True).stdout
+    assert not left, "the launcher left a rank behind"
