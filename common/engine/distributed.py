@@ -5,11 +5,18 @@ from __future__ import annotations
 import atexit
 import os
 import random
+from collections.abc import Callable
+from datetime import timedelta
+from itertools import count
+from typing import Any
 
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+
+MAIN_TASK_LIMIT = timedelta(days=7)  # what rank 0 does alone may take as long as it must
+_MEETINGS = count()
 
 
 def start() -> torch.device:
@@ -83,8 +90,12 @@ def true_on_any_rank(flag: bool) -> bool:
     return bool(largest_over_ranks(int(flag)))
 
 
-def on_main_first(task) -> None:
-    """Run `task` on rank 0; when it raises there, every rank raises the same, instead of waiting in vain."""
+def on_main_first(task: Callable[[], Any]) -> None:
+    """Run `task` on rank 0; when it raises there, every rank raises the same, instead of waiting in vain.
+
+    The others wait on the launcher's key-value store until the task is done, not in a collective, which would give up
+    after the process group's timeout (half an hour, or what NCCL is set to) however well the task goes.
+    """
     outcome: list[BaseException | None] = [None]
     if rank() == 0:
         try:
@@ -92,9 +103,20 @@ def on_main_first(task) -> None:
         except Exception as error:  # handed to all ranks and raised below
             outcome[0] = error
     if dist.is_initialized() and world_size() > 1:
+        _await_main()
         dist.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
         raise outcome[0]
+
+
+def _await_main() -> None:
+    """Return once rank 0 is here too; every rank counts the meetings alike."""
+    store = dist.distributed_c10d._get_default_store()
+    key = f"tppo_main_first_{next(_MEETINGS)}"
+    if rank() == 0:
+        store.set(key, "done")
+    else:
+        store.wait([key], MAIN_TASK_LIMIT)
 
 
 def seed_everything(seed: int) -> None:
