@@ -77,6 +77,7 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
     )
     kl_target: float = option(0.0, "Steer kl_coef to this KL, in nats a response (Ziegler et al.); 0: keep it.")
     kl_horizon: int = option(10_000, "With kl_target: responses over which a KL 20 % off changes kl_coef by 20 %.")
+    max_kl: float = option(100.0, "End the run once the KL to the reference exceeds so many nats a response; 0: never.")
     target_kl: float = option(0.1, "Skip what is left of a rollout's updates once approx_kl exceeds it; 0: never.")
 
     reward_level: str = option(
@@ -150,6 +151,7 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
         not_negative = (
             "kl_coef", "clip_range_high", "entropy_coef", "kl_target", "sentence_coef", "decode_rows",
             "micro_batch_tokens", "scoring_batch_tokens", "hang_timeout",
+            "max_kl",
         )
         for name in not_negative:
             if getattr(self, name) < 0:

@@ -43,16 +43,22 @@ def rollout_metrics(
         ),
         "repeats": sum(len(response) - len(set(map(normalise, response))) for response in responses),
         "words": sum(len(query.split()) for query in queries),
+        "word_scores": sum(score for scores in rollout.word_scores for score in scores),
+        "word_squares": sum(score * score for scores in rollout.word_scores for score in scores),
+        "scored_words": sum(map(len, rollout.word_scores)),
         **dict(zip(("counted_words", "repeated_words", "function_words"), word_counts(responses, k), strict=True)),
     }
     total = _summed(sums)
     tokens, count = max(total["tokens"], 1.0), max(total["responses"], 1.0)
     lines = max(total["queries"], 1.0)
+    scored = max(total["scored_words"], 1.0)
+    variance = total["word_squares"] / scored - (total["word_scores"] / scored) ** 2
     metrics = {f"reward/{name}_per_token": total[name] / tokens for name in (*REWARD_PARTS, "kl_penalty")}
     metrics |= {f"reward/{name}_per_query": total[name] / lines for name in (*REWARD_PARTS, "kl_penalty")}
     metrics |= {
         "reward/score_per_response": sum(total[name] for name in REWARD_PARTS) / count,
         "reward/total_per_response": sum(total[name] for name in (*REWARD_PARTS, "kl_penalty")) / count,
+        "reward/word_score_std": math.sqrt(max(variance, 0.0)),
         "kl/per_token": total["kl"] / tokens,
         "kl/per_sequence": total["kl"] / count,
         "policy/entropy": total["entropy"] / max(total["checked"], 1.0),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
+from tqdm import tqdm
 
 from common.data.records import Example
 from common.engine import checkpoint, distributed
@@ -24,6 +25,7 @@ from common.models.sequences import TokenScores, response_scores
 from common.tracking import Tracker, progress
 from step3_tppo.advantages import generalized_advantages, token_discounts, whiten
 from step3_tppo.config import Step3Config
+from step3_tppo.guards import RolloutGuard
 from step3_tppo.kl_control import KLController
 from step3_tppo.losses import kl_estimate, policy_loss, token_denominator, value_loss
 from step3_tppo.metrics import (
@@ -75,6 +77,7 @@ class TPPOTrainer:
         self._monitor = monitor
         self._over_optimised = OverOptimisation(config.monitor_margin)
         self._scores: list[float] = []  # of the steps since the last checkpoint, which their mean tells from the best
+        self._guard = RolloutGuard(config.max_kl)
         self._watchdog = Watchdog(config.output_dir, config.hang_timeout)
         self._order_made: tuple[int, list[int]] = (-1, [])
 
@@ -95,6 +98,7 @@ class TPPOTrainer:
                     self._set_learning_rates(step)
                     result = self._step(step)
                     self._log(step, result, tracker)
+                    self._warn(bar, self._guard.check(step, result.scalars))
                     self._learn(result.scalars)
                     score, kl = (result.scalars[name] for name in ("reward/score_per_response", "kl/per_sequence"))
                     bar.set_postfix_str(f"score {score:+.2f}  kl {kl:.2f}")
@@ -108,6 +112,11 @@ class TPPOTrainer:
         finally:
             bar.close()
             tracker.close()
+
+    def _warn(self, bar: tqdm, warnings: Sequence[str]) -> None:
+        if distributed.rank() == 0:
+            for warning in warnings:
+                bar.write(f"warning: {warning}")
 
     def _log(self, step: int, result: StepResult, tracker: Tracker) -> None:
         tracker.scalars(step, result.scalars)
