@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from common.errors import InputError
+from common.errors import InputError, one_line
 
 Config = TypeVar("Config")
 
@@ -118,8 +118,8 @@ def _read_yaml(path: str) -> dict:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML ({error})") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise InputError(f"{path}: not valid YAML ({one_line(error)})") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):

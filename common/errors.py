@@ -33,6 +33,11 @@ class Preempted(RuntimeError):
         )
 
 
+def one_line(error: BaseException, length: int = 300) -> str:
+    """A library's error text as a part of a paragraph: without line breaks, and cut."""
+    return " ".join(str(error).split())[:length]
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`; show an error of ours as one line and exit.
 

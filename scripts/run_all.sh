@@ -55,11 +55,10 @@ else
     run_name="${run_name:-log}" annotator="${annotator:-lexical}"
     [ "$annotator" != simulated ] || { echo "error: only the embedded log has a truth for --annotator simulated" >&2; exit 2; }
 fi
-asked=("$base_url" "$annotator_model" "$judge_model" ${llm_flags[@]+"${llm_flags[@]}"})
 if [ "$annotator" = llm ]; then
     [ -n "$base_url" ] && [ -n "$annotator_model" ] || { echo "error: --annotator llm needs --base_url and --annotator_model" >&2; exit 2; }
     judge_model="${judge_model:-$annotator_model}"
-elif [ -n "${asked[*]// /}" ]; then
+elif [ -n "$base_url$annotator_model$judge_model${llm_flags[*]-}" ]; then
     echo "error: --base_url, --annotator_model, --judge_model and --llm_flags are for --annotator llm" >&2
     exit 2
 fi

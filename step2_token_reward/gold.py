@@ -121,11 +121,20 @@ def _read_rows(path: str | Path) -> Iterator[tuple[int, Row]]:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; make it with step2_token_reward.gold")
     with Path(path).open(encoding="utf-8-sig", newline="") as stream:  # spreadsheets write a byte order mark
-        reader = csv.DictReader(stream, dialect="excel-tab")
-        if missing := sorted(set(COLUMNS) - {"text", "history"} - set(reader.fieldnames or ())):
-            raise InputError(f"{path}:1: the columns {', '.join(missing)} are missing; is it tab-separated?")
-        for row in reader:
-            yield reader.line_num, {name: value or "" for name, value in row.items() if name}
+        reader = csv.DictReader(stream, dialect="excel-tab", strict=True)
+        try:
+            yield from _rows(path, reader)
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: not UTF-8; save the table in that encoding") from None
+        except csv.Error as error:
+            raise InputError(f"{path}:{reader.line_num}: not a row of a tab-separated table ({error})") from None
+
+
+def _rows(path: str | Path, reader: csv.DictReader) -> Iterator[tuple[int, Row]]:
+    if missing := sorted(set(COLUMNS) - {"text", "history"} - set(reader.fieldnames or ())):
+        raise InputError(f"{path}:1: the columns {', '.join(missing)} are missing; is it tab-separated?")
+    for row in reader:
+        yield reader.line_num, {name: value or "" for name, value in row.items() if name}
 
 
 def _annotation(rows: list[tuple[int, Row]], sample: dict[str, Any], place: str) -> Annotation:

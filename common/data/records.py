@@ -76,7 +76,7 @@ class Record:
         row = asdict(self)
         row["events"] = [event.to_dict() for event in self.events]
         row["persona"] = list(self.persona)
-        return {key: value for key, value in row.items() if value not in (None, [])}
+        return {key: value for key, value in row.items() if key == "events" or value not in (None, [])}
 
     @classmethod
     def from_dict(cls, row: Any, default_source: str = "log") -> Record:

@@ -17,7 +17,7 @@ import torch
 
 from common.engine.distributed import barrier, on_main_first, rank, world_size
 from common.engine.manifest import is_complete, newest_sound, write_manifest
-from common.errors import InputError, SaveFailed
+from common.errors import InputError, SaveFailed, one_line
 from common.files import read_json, write_json
 
 _NAME = re.compile(r"step_(\d{8})")
@@ -51,7 +51,7 @@ def save_checkpoint(
     except (OSError, RuntimeError) as error:  # torch raises the second for a file that it cannot finish
         kept = list_checkpoints(folder)
         raise SaveFailed(
-            f"checkpoint {final} could not be written ({' '.join(str(error).split())[:200]}); is the disk full? "
+            f"checkpoint {final} could not be written ({one_line(error)}); is the disk full? "
             + (f"{kept[-1]} is untouched: make room, then --resume" if kept else "there is none before it")
         ) from error
 

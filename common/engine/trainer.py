@@ -20,7 +20,7 @@ from common.engine import distributed
 from common.engine.manifest import is_complete, newest_sound, write_manifest
 from common.engine.preemption import Preemption
 from common.engine.watchdog import Watchdog
-from common.errors import Preempted, SaveFailed, TrainingDiverged
+from common.errors import Preempted, SaveFailed, TrainingDiverged, one_line
 from common.tracking import JsonlCallback
 
 
@@ -47,7 +47,7 @@ class RecipeTrainer(Trainer):
         except (OSError, RuntimeError) as error:  # torch raises the second for a file that it cannot finish
             raise SaveFailed(
                 f"the checkpoint of step {self.state.global_step} could not be written "
-                f"({' '.join(str(error).split())[:200]}); is the disk full? Those before it are untouched: make room, "
+                f"({one_line(error)}); is the disk full? Those before it are untouched: make room, "
                 "then --resume"
             ) from error
 

@@ -18,7 +18,7 @@ import pyarrow.parquet
 from common.data.readers.grouping import group_rows
 from common.data.readers.lines import ReadTally
 from common.data.records import Event, Record, parse_time
-from common.errors import InputError
+from common.errors import InputError, one_line
 
 TRAIN_COLUMNS = ["session_id", "final_search_term", "search_time"]
 TEST_COLUMNS = [*TRAIN_COLUMNS, "past_search_terms"]
@@ -47,8 +47,8 @@ def read(path: Path, tally: ReadTally) -> Iterator[Record]:
 def _open(path: Path) -> pyarrow.parquet.ParquetFile:
     try:
         table = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({error})") from None
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable parquet file ({one_line(error)})") from None
     if missing := [column for column in TRAIN_COLUMNS if column not in table.schema_arrow.names]:
         raise InputError(f"{path}: lacks the columns {', '.join(missing)} of AmazonQAC")
     return table
@@ -66,8 +66,10 @@ def _rows(
         for batch in table.iter_batches(batch_size=16_384, columns=columns):
             for number, row in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020 - counts on over batches
                 yield number, row
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}:{number + 1}: the parquet file breaks after row {number} ({error})") from None
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise InputError(
+            f"{path}:{number + 1}: the parquet file breaks after row {number} ({one_line(error)})"
+        ) from None
 
 
 def _read_train(

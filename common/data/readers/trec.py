@@ -50,6 +50,8 @@ def read(path: Path, tally: ReadTally) -> Iterator[Record]:
                 root.clear()
     except ParseError as error:
         raise InputError(f"{path}:{error.position[0]}: not well-formed XML ({error.msg})") from None
+    except LookupError as error:  # an encoding that nobody knows
+        raise InputError(f"{path}:{source.number}: not readable XML ({error})") from None
     except DefusedXmlException:
         raise InputError(
             f"{path}:{source.number}: declares a DTD or entities, which are not read; remove the <!DOCTYPE ...>"
