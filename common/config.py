@@ -105,7 +105,7 @@ def _yaml_tokens(argv: list[str], known: list[str]) -> list[str]:
     for path in paths:
         for key, value in _read_yaml(path).items():
             if key not in known:
-                raise InputError(f"{path}: unknown key {key!r}{_nearest(key, known)}")
+                raise InputError(f"{path}: unknown key {one_line(repr(key), 80)}{_nearest(str(key), known)}")
             if value is None or value == []:
                 continue
             values = value if isinstance(value, list) else [value]

@@ -33,9 +33,10 @@ class Preempted(RuntimeError):
         )
 
 
-def one_line(error: BaseException, length: int = 300) -> str:
-    """A library's error text as a part of a paragraph: without line breaks, and cut."""
-    return " ".join(str(error).split())[:length]
+def one_line(error: BaseException | str, length: int = 300) -> str:
+    """An error's text as a part of a paragraph: without line breaks, and cut, for it may quote what it is about."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from common.config import option, parse_config
 from common.data.cleaning import hash_fraction
-from common.errors import InputError, run_command
+from common.errors import InputError, one_line, run_command
 from common.feedback.annotator import SCORES, Annotation, words_by_query
 from common.feedback.labels import read_samples, sample_item
 from common.files import atomic_write, digest
@@ -77,9 +77,9 @@ def read_gold(path: str | Path, samples: dict[str, dict[str, Any]]) -> dict[str,
     by_sample: dict[str, list[tuple[int, Row]]] = {}
     for number, row in _read_rows(path):
         if row["digest"] not in ids:
-            raise InputError(f"{path}:{number}: sample {row['sample']!r} belongs to another sample file")
+            raise InputError(f"{path}:{number}: sample {one_line(row['sample'], 80)!r} belongs to another sample file")
         if row["score"].strip() not in ("", *map(str, SCORES)):
-            raise InputError(f"{path}:{number}: score {row['score']!r} is none of 0, 1, 2")
+            raise InputError(f"{path}:{number}: score {one_line(row['score'], 80)!r} is none of 0, 1, 2")
         by_sample.setdefault(ids[row["digest"]], []).append((number, row))
     annotations: dict[str, Annotation] = {}
     for id_, rows in by_sample.items():

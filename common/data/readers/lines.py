@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.errors import InputError
+from common.errors import InputError, one_line
 
 
 class ReadTally:
@@ -24,7 +24,7 @@ class ReadTally:
         self._bad_lines += 1
         if self._bad_lines > self.max_bad_lines:
             raise InputError(
-                f"{place}: {reason}. Mend it, or skip such lines with --max_bad_lines "
+                f"{place}: {one_line(reason)}. Mend it, or skip such lines with --max_bad_lines "
                 f"(now {self.max_bad_lines}); each one is counted"
             )
         self.counts["bad_lines"] += 1
