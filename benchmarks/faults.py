@@ -52,6 +52,7 @@ class FaultsConfig:
     kills: int = option(50, "SIGKILLs of ranks of step 3.")
     label_kills: int = option(10, "SIGKILLs of the label command.")
     seed: int = option(0, "Seed of the moments and the ranks.")
+    output: str = option("", "Where the result goes (default: benchmarks/results/faults.json).")
 
 
 def main() -> None:
@@ -64,7 +65,9 @@ def main() -> None:
         result = kill_step3(config, chance, Path(folder)) | kill_labelling(config, chance, Path(folder))
     for name, value in result.items():
         print(f"{name}: {value}")
-    save("faults", {**result, "settings": vars(config)})
+    if result["runs_with_equal_final_weights"] < result["runs"] or result["lost_labels"] or result["corrupted_files"]:
+        raise RuntimeError("something was lost")
+    save("faults", {**result, "settings": vars(config)}, config.output)
 
 
 def kill_step3(config: FaultsConfig, chance: random.Random, folder: Path) -> dict[str, object]:

@@ -103,12 +103,13 @@ def peak_memory() -> int:
     return 1024 * int(line.split()[1])
 
 
-def save(name: str, content: Mapping[str, Any]) -> None:
-    """Write `results/<name>.json`, with the command, the machine and the versions beside `content`."""
-    write_json(RESULTS / f"{name}.json", {
+def save(name: str, content: Mapping[str, Any], path: str = "") -> None:
+    """Write `results/<name>.json`, or `path`, with the command, the machine and the versions beside `content`."""
+    target = Path(path) if path else RESULTS / f"{name}.json"
+    write_json(target, {
         "command": shlex.join(["python", *sys.argv]), "machine": machine(), "versions": versions(), **content,
     })  # fmt: skip
-    print(f"results: {RESULTS / f'{name}.json'}")
+    print(f"results: {target}")
 
 
 def machine() -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.models.loading import save_model_folder
-from tests.step3.runs import STEPS, assert_equal_runs, kill_after, numbers, run, run_successfully
+from tests.step3.runs import STEPS, assert_equal_runs, command, environment, kill_after, numbers, run, run_successfully
 from tests.tiny_models import ordinary_tokenizer, tiny_llama
 
 pytestmark = pytest.mark.distributed
@@ -76,3 +78,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(inputs: Path
     for status, error in run(inputs, tmp_path / "run", "--critic_path", str(poisoned)):
         assert status == 3
         assert "NaN or infinite at step 0" in error
+
+
+@pytest.mark.timeout(600)
+def test_torchrun_is_as_good_a_launcher(inputs: Path, tmp_path: Path) -> None:
+    run_successfully(inputs, tmp_path / "deepspeed")
+    launch = command(inputs, tmp_path / "torchrun")
+    script = launch.index("step3_tppo/main.py")
+    port = launch[launch.index("--master_port") + 1]
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "2", "--master_port", port]
+    ended = subprocess.run(
+        [*torchrun, *launch[script:]], env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert numbers(tmp_path / "torchrun") == numbers(tmp_path / "deepspeed")
