@@ -12,6 +12,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from common.engine.deepspeed_config import inference_config
 from common.engine.hybrid import HybridEngine
+from common.engine.manifest import MANIFEST
 from common.models.loading import load_fast_tokenizer
 from common.models.reward_encoder import RewardEncoder
 from common.models.token_reward import load_token_reward_model, load_token_reward_scorer, save_token_reward_model
@@ -124,7 +125,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     whole = flags_for(tmp_path / "whole", model, samples, labels, *more)
     run_on_ranks(train, 2, whole)
     first = read_metrics(tmp_path / "whole" / "metrics.jsonl")
-    (tmp_path / "whole" / "checkpoints" / "checkpoint-4" / "complete").unlink()  # as if killed while it was written
+    (tmp_path / "whole" / "checkpoints" / "checkpoint-4" / MANIFEST).unlink()  # as if killed while it was written
     run_on_ranks(train, 2, [*whole, "--resume"])
     again = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     names = ("step", "loss", "local_loss", "global_loss", "grad_norm", "eval_loss", "eval_local_loss")
