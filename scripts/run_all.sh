@@ -11,6 +11,7 @@
 #   --base_url URL        with llm: the OpenAI-compatible endpoint, such as http://localhost:8000/v1 (docs/ai_feedback.md)
 #   --annotator_model M   with llm: the model's name there
 #   --judge_model M       with llm: the model that judges in the report (default: the annotator, which the report warns of)
+#   --judge_url URL       with llm: the judge's endpoint (default: --base_url)
 #   --llm_flags "FLAGS"   with llm: more flags for label.py and the report, such as "--concurrency 64 --allow_remote"
 #   --num_gpus N, --hostfile FILE     passed to the deepspeed launcher
 #   --seed N              of every random choice (default 0)
@@ -20,7 +21,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-logs=() run_name="" log_format=auto model="" annotator="" base_url="" annotator_model="" judge_model="" llm_flags=() seed=0 miniature="" resume="" overwrite="" launcher=()
+logs=() run_name="" log_format=auto model="" annotator="" base_url="" annotator_model="" judge_model="" judge_url="" llm_flags=() seed=0 miniature="" resume="" overwrite="" launcher=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --resume) resume=yes; shift; continue ;;
@@ -38,6 +39,7 @@ while [ $# -gt 0 ]; do
         --base_url) base_url="$2" ;;
         --annotator_model) annotator_model="$2" ;;
         --judge_model) judge_model="$2" ;;
+        --judge_url) judge_url="$2" ;;
         --llm_flags) read -r -a llm_flags <<< "$2" ;;
         --seed) seed="$2" ;;
         --num_gpus|--hostfile) launcher+=("$1" "$2") ;;
@@ -57,9 +59,9 @@ else
 fi
 if [ "$annotator" = llm ]; then
     [ -n "$base_url" ] && [ -n "$annotator_model" ] || { echo "error: --annotator llm needs --base_url and --annotator_model" >&2; exit 2; }
-    judge_model="${judge_model:-$annotator_model}"
-elif [ -n "$base_url$annotator_model$judge_model${llm_flags[*]-}" ]; then
-    echo "error: --base_url, --annotator_model, --judge_model and --llm_flags are for --annotator llm" >&2
+    judge_model="${judge_model:-$annotator_model}" judge_url="${judge_url:-$base_url}"
+elif [ -n "$base_url$annotator_model$judge_model$judge_url${llm_flags[*]-}" ]; then
+    echo "error: --base_url, --annotator_model, --judge_model, --judge_url and --llm_flags are for --annotator llm" >&2
     exit 2
 fi
 [[ "$run_name" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || { echo "error: --run_name may hold letters, digits, . _ -" >&2; exit 2; }
@@ -116,9 +118,9 @@ reward_annotator="$annotator" judge_flags=()
 if [ "$annotator" = llm ]; then
     reward_annotator="$annotator_model"
     label_flags+=(--base_url "$base_url" --model "$annotator_model" ${llm_flags[@]+"${llm_flags[@]}"})
-    judge_flags=(--base_url "$base_url" --model "$judge_model" ${llm_flags[@]+"${llm_flags[@]}"})
-    for asked_model in "$annotator_model" "$judge_model"; do
-        python -m common.feedback.llm.check --base_url "$base_url" --model "$asked_model" ${llm_flags[@]+"${llm_flags[@]}"}
+    judge_flags=(--base_url "$judge_url" --model "$judge_model" ${llm_flags[@]+"${llm_flags[@]}"})
+    for who in "$base_url $annotator_model" "$judge_url $judge_model"; do
+        python -m common.feedback.llm.check --base_url "${who%% *}" --model "${who#* }" ${llm_flags[@]+"${llm_flags[@]}"}
     done
 fi
 
