@@ -15,7 +15,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from safetensors.torch import load_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from benchmarks import annotator_load  # noqa: E402
-from benchmarks.measuring import save  # noqa: E402
+from benchmarks.measuring import free_port, save  # noqa: E402
 from common.config import option, parse_config  # noqa: E402
 from common.engine.checkpoint import list_checkpoints  # noqa: E402
 from common.engine.manifest import DAMAGED, damage  # noqa: E402
@@ -143,13 +142,10 @@ def kill_labelling(config: FaultsConfig, chance: random.Random, folder: Path) ->
 
 def _start(config: FaultsConfig, output: Path) -> subprocess.Popen:
     run = Path(config.run).resolve()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     reward = str(run / "step2_token_reward" / "reward" / "model")
     command = [
         str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--no_local_rank", "--master_port",
-        str(port), "step3_tppo/main.py", "--config", "step3_tppo/configs/tiny.yaml", "--actor_path",
+        str(free_port()), "step3_tppo/main.py", "--config", "step3_tppo/configs/tiny.yaml", "--actor_path",
         str(run / "step1_sft" / "model"), "--reward_path", reward, "--critic_path", reward, "--data_dir",
         str(run / "data"), "--output_dir", str(output), "--resume", "--total_steps", str(STEPS), "--save_steps",
         str(SAVE_STEPS), "--critic_warmup_steps", "2", "--rollout_batch_size", "16", "--mini_batch_size", "8",

@@ -31,7 +31,7 @@ def on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> 
     """What `function(*arguments)` returns on rank 0 of `world_size` processes, each on one core (or one GPU)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
-        mp.spawn(_rank, (world_size, _free_port(), function, arguments, path), nprocs=world_size)
+        mp.spawn(_rank, (world_size, free_port(), function, arguments, path), nprocs=world_size)
         return json.loads(path.read_text())
 
 
@@ -137,7 +137,8 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

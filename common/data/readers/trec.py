@@ -50,7 +50,9 @@ def read(path: Path, tally: ReadTally) -> Iterator[Record]:
                 root.clear()
     except ParseError as error:
         raise InputError(f"{path}:{error.position[0]}: not well-formed XML ({error.msg})") from None
-    except LookupError as error:  # an encoding that nobody knows
+    except LookupError as error:  # an encoding that nobody knows; a key or index that is missing is a fault of ours
+        if type(error) is not LookupError:
+            raise
         raise InputError(f"{path}:{source.number}: not readable XML ({error})") from None
     except DefusedXmlException:
         raise InputError(

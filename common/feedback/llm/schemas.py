@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -94,6 +95,7 @@ class ScoredVerdict(_Strict):
     verdict: Literal["A", "B", "tie"]
 
 
+@cache  # the same for every record, and slow to make
 def response_format(form: type[BaseModel]) -> dict[str, Any]:
     """The `response_format` that holds an endpoint to `form` (OpenAI's structured outputs; vLLM and others take it)."""
     return {
