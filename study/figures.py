@@ -45,7 +45,9 @@ def draw_all(runs: Runs, rewards: Mapping[str, Record], folder: Path) -> list[st
             "share of wrong labels", False,
         ),
         "queries": lambda: axis(
-            {**_numbers(runs, "k"), **({3.0: runs["budget1500"]} if "budget1500" in runs else {})},
+            # The SFT model needs no labels, so that of the main comparison stands beside the arms with fewer.
+            {**_numbers(runs, "k"), **({3.0: runs["budget1500"] | _only(runs.get("main", {}), "sft")}
+                                       if "budget1500" in runs else {})},
             "queries a response", False,
         ),
         "w": lambda: axis(
@@ -214,8 +216,13 @@ def axis(by_value: Mapping[float, Mapping[str, Mapping[int, Record]]], label: st
             axes_.set_xscale("log")
             axes_.set_xticks(values, [f"{value:g}" for value in values])
             axes_.minorticks_off()
-    axes[0].legend(fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.06))
     return figure
+
+
+def _only(systems: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {name: systems[name]} if name in systems else {}
 
 
 def ablations(runs: Runs) -> Any:

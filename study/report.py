@@ -44,8 +44,8 @@ CAPTIONS = {
     "credit": "Where in a response the advantage and the reward fall.",
     "query_length": "Relevance by the number of words of a query.",
     "label_budget": "Labelled users behind the reward model.",
-    "label_noise": "Noise of the labels (1500 labelled users).",
-    "queries": "Queries a response (1500 labelled users).",
+    "label_noise": "Noise of the labels (1500 labelled users). A point without a bar is one seed.",
+    "queries": "Queries a response (1500 labelled users). A point without a bar is one seed.",
     "w": "w, the local loss's share of the reward model's loss, down to the final policy (1500 labelled users).",
     "ablations": "TPPO with one setting changed; each dot is a seed.",
 }

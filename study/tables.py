@@ -104,10 +104,11 @@ def axis_table(axes: Mapping[str, Any], label: str) -> str:
         cells += [points(differences["tppo_minus_ppo_response"]["item_win_rate"])
                   if "tppo_minus_ppo_response" in differences else ""]  # fmt: skip
         greedy = [share(systems[arm]["greedy"]["relevance_rate"]) if arm in systems else "" for arm in COMPARED]
-        rows.append([name, *cells, *greedy])
+        seeds = str(len(systems["tppo"]["relevance_rate"]["seeds"])) if "tppo" in systems else ""
+        rows.append([name, seeds, *cells, *greedy])
     head = [LABELS[arm] for arm in COMPARED]
     head += [f"TPPO - {LABELS[b]}, points" for b in BASELINES] + ["items won less lost, end of response"]
-    return table([label, *head, *(f"{LABELS[arm]}, greedy" for arm in COMPARED)], rows)
+    return table([label, "seeds", *head, *(f"{LABELS[arm]}, greedy" for arm in COMPARED)], rows)
 
 
 def ablation_table(found: Mapping[str, Any]) -> str:
