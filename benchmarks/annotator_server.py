@@ -17,6 +17,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,14 +84,11 @@ class Endpoint:
         }
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
+        # A client that is gone ends its connection.
+        with closing(writer), suppress(ConnectionError, asyncio.IncompleteReadError):
             while request := await _read_request(reader):
                 if not await self._respond(writer, *request):
                     break
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the client is gone
-        finally:
-            writer.close()
 
     async def _respond(self, writer: asyncio.StreamWriter, path: str, headers: dict[str, str], content: bytes) -> bool:
         """Answer one request; whether the connection stays open."""

@@ -19,8 +19,8 @@ from common.config import option, parse_config
 from common.data.cleaning import hash_fraction
 from common.errors import InputError, one_line, run_command
 from common.feedback.annotator import SCORES, Annotation, words_by_query
-from common.feedback.labels import read_samples, sample_item
-from common.files import atomic_write, digest
+from common.feedback.labels import read_samples, sample_digest, sample_item
+from common.files import atomic_write
 from common.text import split_queries
 
 COLUMNS = ("sample", "digest", "query", "word", "text", "score", "history")
@@ -73,7 +73,7 @@ def read_gold(path: str | Path, samples: dict[str, dict[str, Any]]) -> dict[str,
     Raises `InputError` with file and line for a table that is none of ours, a sample that `samples` lacks or that had
     another response, a score that is none, and a sample that is scored in part.
     """
-    ids = {_digest(sample): id_ for id_, sample in samples.items()}
+    ids = {sample_digest(sample): id_ for id_, sample in samples.items()}
     by_sample: dict[str, list[tuple[int, Row]]] = {}
     for number, row in _read_rows(path):
         if row["digest"] not in ids:
@@ -105,7 +105,7 @@ def _sample_rows(sample: dict[str, Any]) -> Iterator[Row]:
     for line, words in enumerate(words_by_query(sample["response"])):
         for place, text in enumerate([lines[line], *(word.text for word in words)] if words else []):
             yield {
-                "sample": _cell(sample["id"]), "digest": _digest(sample), "query": str(line + 1),
+                "sample": _cell(sample["id"]), "digest": sample_digest(sample), "query": str(line + 1),
                 "word": str(place) if place else "", "text": _cell(text), "score": "", "history": _cell(history),
             }  # fmt: skip
             history = ""
@@ -151,10 +151,6 @@ def _annotation(rows: list[tuple[int, Row]], sample: dict[str, Any], place: str)
         ),
         tuple(scores.get((str(line + 1), ""), 0) for line in range(len(words))),
     )
-
-
-def _digest(sample: dict[str, Any]) -> str:
-    return digest(sample["id"], sample["response"])
 
 
 if __name__ == "__main__":

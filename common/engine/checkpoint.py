@@ -16,8 +16,8 @@ import deepspeed
 import torch
 
 from common.engine.distributed import barrier, on_main_first, rank, world_size
-from common.engine.manifest import is_complete, newest_sound, write_manifest
-from common.errors import InputError, SaveFailed, one_line
+from common.engine.manifest import is_complete, newest_sound, saving, write_manifest
+from common.errors import InputError
 from common.files import read_json, write_json
 
 _NAME = re.compile(r"step_(\d{8})")
@@ -39,7 +39,9 @@ def save_checkpoint(
     folder = Path(folder)
     final = folder / f"step_{step:08d}"
     temporary = folder / f".{final.name}.tmp"
-    try:
+    before = list_checkpoints(folder)
+    kept = f"{before[-1]} is untouched: make room, then --resume" if before else "there is none before it"
+    with saving(f"checkpoint {final}", kept):
         on_main_first(lambda: _empty_folder(temporary))
         for name, engine in engines.items():
             engine.save_checkpoint(str(temporary), tag=name, save_latest=False, exclude_frozen_parameters=True)
@@ -48,12 +50,6 @@ def save_checkpoint(
         facts = state | {"step": step, "world_size": world_size(), "score": score}
         on_main_first(lambda: write_json(temporary / "state.json", facts))
         write_manifest(temporary)
-    except (OSError, RuntimeError) as error:  # torch raises the second for a file that it cannot finish
-        kept = list_checkpoints(folder)
-        raise SaveFailed(
-            f"checkpoint {final} could not be written ({one_line(error)}); is the disk full? "
-            + (f"{kept[-1]} is untouched: make room, then --resume" if kept else "there is none before it")
-        ) from error
 
     def publish() -> None:
         if final.exists():

@@ -9,17 +9,27 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from common.engine.distributed import barrier, on_main_first, rank, world_size
-from common.errors import InputError
+from common.errors import InputError, SaveFailed, one_line
 from common.files import read_json, write_json
 
 MANIFEST = "manifest.json"
 DAMAGED = ".damaged_"
+
+
+@contextmanager
+def saving(what: str, kept: str) -> Iterator[None]:
+    """Raise `SaveFailed` where `what` cannot be written; `kept` says what is there all the same."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch raises the second for a file that it cannot finish
+        raise SaveFailed(f"{what} could not be written ({one_line(error)}); is the disk full? {kept}") from error
 
 
 def write_manifest(folder: Path) -> None:
@@ -54,23 +64,21 @@ def newest_sound(folders: Sequence[Path]) -> Path | None:
         problems = damage(folder)
         if not problems:
             return folder
-        aside = folder.with_name(f"{DAMAGED}{folder.name}")
-        if rank() == 0:
-            print(
-                f"warning: checkpoint {folder} is damaged ({'; '.join(problems[:3])}); "
-                f"set aside as {aside.name}, the one before it is tried",
-                flush=True,
-            )
-        on_main_first(lambda folder=folder, aside=aside: _set_aside(folder, aside))
+        on_main_first(lambda folder=folder, problems=problems: _set_aside(folder, problems))
     return None
 
 
-def _set_aside(folder: Path, aside: Path) -> None:
-    number = 0
+def _set_aside(folder: Path, problems: Sequence[str]) -> None:
+    aside, number = folder.with_name(f"{DAMAGED}{folder.name}"), 0
     while aside.exists():
         number += 1
-        aside = aside.with_name(f"{DAMAGED}{folder.name}_{number}")
+        aside = folder.with_name(f"{DAMAGED}{folder.name}_{number}")
     folder.rename(aside)
+    print(
+        f"warning: checkpoint {folder} is damaged ({'; '.join(problems[:3])}); "
+        f"set aside as {aside.name}, the one before it is tried",
+        flush=True,
+    )
 
 
 def _names(folder: Path) -> list[str]:
@@ -79,8 +87,8 @@ def _names(folder: Path) -> list[str]:
     )
 
 
-def _share(names: Sequence[str]) -> Iterator[str]:
-    return iter(names[rank() :: world_size()])
+def _share(names: Sequence[str]) -> Sequence[str]:
+    return names[rank() :: world_size()]
 
 
 def _describe(path: Path) -> dict[str, Any]:

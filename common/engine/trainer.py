@@ -17,11 +17,13 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from common.engine import distributed
-from common.engine.manifest import is_complete, newest_sound, write_manifest
+from common.engine.manifest import is_complete, newest_sound, saving, write_manifest
 from common.engine.preemption import Preemption
 from common.engine.watchdog import Watchdog
-from common.errors import Preempted, SaveFailed, TrainingDiverged, one_line
+from common.errors import Preempted, TrainingDiverged
 from common.tracking import JsonlCallback
+
+_UNTOUCHED = "Those before it are untouched: make room, then --resume"
 
 
 class RecipeTrainer(Trainer):
@@ -42,14 +44,8 @@ class RecipeTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As in the base class; raises `SaveFailed` when the files cannot be written."""
-        try:
+        with saving(f"the checkpoint of step {self.state.global_step}", _UNTOUCHED):
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:  # torch raises the second for a file that it cannot finish
-            raise SaveFailed(
-                f"the checkpoint of step {self.state.global_step} could not be written "
-                f"({one_line(error)}); is the disk full? Those before it are untouched: make room, "
-                "then --resume"
-            ) from error
 
     def train(self, *arguments: Any, **settings: Any) -> Any:
         """As in the base class; raises `Preempted`, after a checkpoint, when a scheduler asks the run to stop."""
@@ -159,7 +155,8 @@ class CheckpointGuard(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Give the checkpoint its manifest once all ranks have written their parts; without it, it is not complete."""
-        write_manifest(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        with saving(f"the manifest of step {state.global_step}", _UNTOUCHED):
+            write_manifest(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
@@ -185,9 +182,9 @@ def run_callbacks(
     """The guard, `metrics.jsonl`, and TensorBoard under `output_dir`; what `watchdog`, to be entered around the
     training, is told. Give the Trainer `report_to="none"`."""
     output_dir = Path(output_dir)
-    callbacks: list[TrainerCallback] = [CheckpointGuard(), JsonlCallback(output_dir / "metrics.jsonl")]
-    if watchdog is not None:
-        callbacks.append(TellPhase(watchdog))
+    # The watchdog is told first: the guard's manifest is a part of the phase that begins.
+    callbacks: list[TrainerCallback] = [TellPhase(watchdog)] if watchdog is not None else []
+    callbacks += [CheckpointGuard(), JsonlCallback(output_dir / "metrics.jsonl")]
     if tensorboard and distributed.rank() == 0:
         # purge_step hides the points that a killed run wrote after the checkpoint we resume from.
         first_step = checkpoint_step(checkpoint) + 1

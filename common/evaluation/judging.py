@@ -50,10 +50,7 @@ def judge_systems(
     relevance: dict[str, Any] = {WORDS: {}, SENTENCE: {}}
     for name, of_system in rows.items():
         relevance[WORDS][name] = _relevance([row["queries"] for row in of_system], users, interval, k)
-        items = [
-            FeedbackItem(example.id, example.user_id, example.history, example.targets, row["response"])
-            for example, row in zip(examples, of_system, strict=True)
-        ]
+        items = [FeedbackItem.of(example, row["response"]) for example, row in zip(examples, of_system, strict=True)]
         scores = score_whole_queries(model, items, f"judge {name}, {SENTENCE}")
         given = [None if isinstance(line_scores, Unlabelled) else line_scores for line_scores in scores]
         relevance[SENTENCE][name] = _relevance(given, users, interval, k)

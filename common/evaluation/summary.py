@@ -48,13 +48,7 @@ def score_rows(
     Both are None where the annotator gave no valid answer; what they decide is then undefined, not 0. Raises
     `ValueError` for an annotation that does not fit its response.
     """
-    items = [
-        FeedbackItem(
-            example_id=example.id, user_id=example.user_id, history=example.history, targets=example.targets,
-            response=row["response"],
-        )
-        for example, row in zip(examples, rows, strict=True)
-    ]  # fmt: skip
+    items = [FeedbackItem.of(example, row["response"]) for example, row in zip(examples, rows, strict=True)]
     scored: list[Row] = [
         {**row, "user_id": item.user_id, "words": None, "queries": None} for item, row in zip(items, rows, strict=True)
     ]

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from tqdm import tqdm
 
-from common.data.records import Event
+from common.data.records import Event, Example
 from common.text import STOP_WORDS, Word, normalise, split_queries, split_words
 
 SCORES = (0, 1, 2)
@@ -29,6 +29,11 @@ class FeedbackItem:
     targets: tuple[str, ...]
     response: str
 
+    @classmethod
+    def of(cls, example: Example, response: str) -> FeedbackItem:
+        """What an annotator gets to see of a response to `example`."""
+        return cls(example.id, example.user_id, example.history, example.targets, response)
+
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
@@ -44,6 +49,10 @@ class Unlabelled:
 
     reason: str
     replies: tuple[str, ...] = ()
+
+
+# Receives each result once, with the place of its item.
+Done = Callable[[int, Annotation | Unlabelled], None]
 
 
 class Annotator(Protocol):
@@ -63,11 +72,7 @@ class BatchAnnotator(Protocol):
     name: str
 
     def annotate_all(
-        self,
-        items: Sequence[FeedbackItem],
-        done: Callable[[int, Annotation | Unlabelled], None],
-        progress: str,
-        before: int = 0,
+        self, items: Sequence[FeedbackItem], done: Done, progress: str, before: int = 0
     ) -> None:
         """Call `done(place, annotation)` once for each item, in any order.
 
@@ -79,7 +84,7 @@ class BatchAnnotator(Protocol):
 def annotate_all(
     annotator: Annotator | BatchAnnotator,
     items: Sequence[FeedbackItem],
-    done: Callable[[int, Annotation | Unlabelled], None],
+    done: Done,
     progress: str,
     before: int = 0,
 ) -> None:

@@ -51,12 +51,17 @@ def sample_item(row: dict[str, Any]) -> FeedbackItem:
     return FeedbackItem(row["example_id"], row["user_id"], history, tuple(row["targets"]), row["response"])
 
 
+def sample_digest(sample: dict[str, Any]) -> str:
+    """What binds a label to the response that it was given for."""
+    return digest(sample["id"], sample["response"])
+
+
 def label_row(sample: dict[str, Any], annotator: str, annotation: Annotation) -> dict[str, Any]:
     """The label row of a sample; raises `ValueError` for an annotation that does not fit its response."""
     check_annotation(annotation, sample["response"])
     return {
         "id": sample["id"],
-        "sample_digest": digest(sample["id"], sample["response"]),
+        "sample_digest": sample_digest(sample),
         "annotator": annotator,
         "words": [list(scores) for scores in annotation.word_scores],
         "queries": list(annotation.query_scores),
@@ -72,7 +77,7 @@ def quarantine_row(sample: dict[str, Any], annotator: str, failure: Unlabelled) 
     """The quarantine row of a sample: why it has no label, and what the annotator answered."""
     return {
         "id": sample["id"],
-        "sample_digest": digest(sample["id"], sample["response"]),
+        "sample_digest": sample_digest(sample),
         "annotator": annotator,
         "reason": failure.reason,
         "replies": list(failure.replies),
@@ -89,7 +94,7 @@ def read_quarantine(labels_path: str | Path, samples: dict[str, dict[str, Any]])
     for number, row in read_jsonl(path) if path.is_file() else ():
         id_ = row.get("id")
         sample = samples.get(id_) if isinstance(id_, str) else None
-        if sample is None or row.get("sample_digest") != digest(sample["id"], sample["response"]):
+        if sample is None or row.get("sample_digest") != sample_digest(sample):
             raise InputError(f"{path}:{number}: {id_!r} belongs to another sample file; remove this file")
         reasons[id_] = str(row.get("reason"))
     return reasons
@@ -109,7 +114,7 @@ def read_existing_labels(
         place = f"{labels_path}:{number}"
         id_ = row.get("id")
         sample = samples.get(id_) if isinstance(id_, str) else None
-        if sample is None or row.get("sample_digest") != digest(sample["id"], sample["response"]):
+        if sample is None or row.get("sample_digest") != sample_digest(sample):
             raise InputError(
                 f"{place}: label {id_!r} belongs to another sample file; "
                 "give the file that was labelled, or label this one into a new file"

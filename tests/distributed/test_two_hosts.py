@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.distributed.two_hosts import Hosts, missing, two_hosts
 from tests.labelled_samples import RESPONSES, labelled, write_files
-from tests.step3.runs import command, environment, numbers, run_successfully, write_inputs
+from tests.step3.runs import command, environment, numbers, ranks_left, run_successfully, write_inputs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -98,8 +98,7 @@ def test_a_rank_that_dies_ends_the_job_on_both_hosts(hosts: Hosts, inputs: Path,
     )  # fmt: skip
     assert ended.returncode != 0
     assert time.monotonic() - begun < 120
-    left = subprocess.run(["pgrep", "-f", f"--output_dir {output}"], capture_output=True, text=True).stdout
-    assert not left, "a rank outlived the job"
+    assert not ranks_left(output), "a rank outlived the job"
 
 
 def test_a_wrong_flag_is_one_message_from_the_launcher_host(hosts: Hosts, inputs: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from common.engine.watchdog import FOLDER, Watchdog
 from common.errors import HUNG
-from tests.step3.runs import command, environment, write_inputs
+from tests.step3.runs import command, environment, ranks_left, write_inputs
 
 HANGS = """
 import sys, time
@@ -60,5 +60,4 @@ def test_a_stopped_rank_ends_the_job_and_is_named_by_the_others(tmp_path: Path) 
     assert ended.returncode == HUNG, ended.stderr[-2000:]
     assert "rank 1: no sign of life for" in ended.stderr and "in update of step 2" in ended.stderr
     assert "rank 0: alive, in update of step 2" in ended.stderr
-    left = subprocess.run(["pgrep", "-f", f"--output_dir {tmp_path / 'run'}"], capture_output=True, text=True).stdout
-    assert not left, "the launcher left a rank behind"
+    assert not ranks_left(tmp_path / "run"), "the launcher left a rank behind"

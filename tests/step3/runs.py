@@ -113,6 +113,11 @@ def numbers(output: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
 
 
+def ranks_left(output: Path) -> str:
+    """Process ids that still work on the run in `output`."""
+    return subprocess.run(["pgrep", "-f", f"--output_dir {output}"], capture_output=True, text=True).stdout
+
+
 def assert_equal_runs(output: Path, straight: Path) -> None:
     """The same metrics of every step, once each, and the same final weights, to the last bit."""
     assert numbers(output) == numbers(straight)

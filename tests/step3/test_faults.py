@@ -13,7 +13,7 @@ import pytest
 
 from common.engine.checkpoint import list_checkpoints
 from tests.engine.test_manifest import flip_a_bit
-from tests.step3.runs import assert_equal_runs, command, environment, numbers, run_successfully
+from tests.step3.runs import assert_equal_runs, command, environment, numbers, ranks_left, run_successfully
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 FLAGS = ("--total_steps", "20", "--save_steps", "4")
@@ -34,12 +34,8 @@ def run_killed(inputs: Path, output: Path, place: str, call: int, rank: int) -> 
     script = launch.index("step3_tppo/main.py")
     launch[script : script + 1] = ["tests/step3/killed_main.py", "SIGKILL", place, str(call), str(rank)]
     ended = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=300)
-    assert not _ranks_of(output), "the launcher left a rank behind"
+    assert not ranks_left(output), "the launcher left a rank behind"
     return ended.returncode
-
-
-def _ranks_of(output: Path) -> str:
-    return subprocess.run(["pgrep", "-f", f"--output_dir {output}"], capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from common.feedback.annotator import Annotation, FeedbackItem, Unlabelled, words_by_query
+from common.feedback.annotator import Annotation, Done, FeedbackItem, words_by_query
 from common.feedback.llm.model import LanguageModel, Question
 from common.feedback.llm.prompts import Template, lines_with_words, shown_history, shown_queries
 from common.feedback.llm.schemas import ResponseScores, parse_annotation
@@ -28,11 +28,7 @@ class LLMAnnotator:
         return f"llm:{self.model.options.model}:{self.template.title}"
 
     def annotate_all(
-        self,
-        items: Sequence[FeedbackItem],
-        done: Callable[[int, Annotation | Unlabelled], None],
-        progress: str,
-        before: int = 0,
+        self, items: Sequence[FeedbackItem], done: Done, progress: str, before: int = 0
     ) -> None:
         """Give `done(place, annotation)` for each item as it is ready; see `workers.ask_all` for what it raises."""
         ask_all(self.model, items, self.question, done, progress, before)

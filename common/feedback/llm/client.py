@@ -45,6 +45,11 @@ class Meter:
         """In the unit of the two prices."""
         return price(self.options, self.prompt_tokens, self.answer_tokens)
 
+    @property
+    def cost_text(self) -> str:
+        """The cost as the end of a list; empty where no price is known."""
+        return f", cost {self.cost:.2f}" if self.options.price_in or self.options.price_out else ""
+
     def count_request(self) -> None:
         """Count a request that is about to be sent; raises `BudgetReached` where none may be."""
         if self.options.max_requests and self.requests >= self.options.max_requests:

@@ -107,10 +107,10 @@ class LanguageModel:
     def describe(self) -> str:
         """What was asked so far, for the end of a command."""
         meter = self.meter
-        cost = f", cost {meter.cost:.2f}" if self.options.price_in or self.options.price_out else ""
         return (
             f"asked {self.options.model}: {meter.requests} requests, {meter.answers} answers, {meter.prompt_tokens} "
-            f"prompt tokens, {meter.answer_tokens} answer tokens{cost}; {len(self.store)} answers in {self.store.path}"
+            f"prompt tokens, {meter.answer_tokens} answer tokens{meter.cost_text}; "
+            f"{len(self.store)} answers in {self.store.path}"
         )
 
     async def _answer(self, client: ChatClient, question: Question[Any], messages: Messages) -> tuple[str, str]:
@@ -128,8 +128,7 @@ class LanguageModel:
         return row["reply"], row["finish_reason"]
 
     async def _request(self, client: ChatClient, question: Question[Any], messages: Messages, key: str) -> None:
-        form = response_format(question.form) if self.options.structured_output == "json_schema" else None
-        answer = await client.complete(messages, form)
+        answer = await client.complete(messages, self._form(question))
         row = asdict(answer)
         self.store.put(key, {
             "template": question.template.title, "model": self.options.model, "reply": row.pop("text"), **row,
@@ -137,5 +136,9 @@ class LanguageModel:
         })  # fmt: skip
 
     def _key(self, question: Question[Any], messages: Messages) -> str:
-        form = response_format(question.form) if self.options.structured_output == "json_schema" else None
-        return answer_key(self.options.model, question.template.digest, messages, sampling(self.options), form)
+        template, form = question.template.digest, self._form(question)
+        return answer_key(self.options.model, template, messages, sampling(self.options), form)
+
+    def _form(self, question: Question[Any]) -> dict[str, Any] | None:
+        """What the endpoint is held to; None where the prompt alone asks for the form."""
+        return response_format(question.form) if self.options.structured_output == "json_schema" else None

@@ -107,5 +107,4 @@ class _Run:
 
 def describe(meter: Meter, failed: int) -> str:
     """The progress line's end: requests, cost where prices are known, failures."""
-    cost = f", cost {meter.cost:.2f}" if meter.options.price_in or meter.options.price_out else ""
-    return f"{meter.requests} requests{cost}, {failed} failed"
+    return f"{meter.requests} requests{meter.cost_text}, {failed} failed"
