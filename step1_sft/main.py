@@ -13,7 +13,7 @@ from common.config import parse_config
 from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
-from common.engine.trainer import newest_checkpoint, run_callbacks
+from common.engine.trainer import newest_checkpoint, prepare_to_load, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
 from common.engine.watchdog import Watchdog
 from common.errors import run_rank_command
@@ -53,6 +53,7 @@ def main() -> None:
     args = training_arguments(config, train_sampling_strategy="group_by_length")
     distributed.on_main_first(lambda: prepare_output(config))
     checkpoint = newest_checkpoint(args.output_dir)
+    prepare_to_load(checkpoint, args)
     announce(config, train, dev, checkpoint)
 
     model = load_causal_lm(config.model_name_or_path, config)

@@ -15,7 +15,7 @@ from baselines.dpo.trainer import DpoTrainer, add_reference
 from common.config import parse_config
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
-from common.engine.trainer import newest_checkpoint, run_callbacks
+from common.engine.trainer import newest_checkpoint, prepare_to_load, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
 from common.engine.watchdog import Watchdog
 from common.errors import run_rank_command
@@ -43,6 +43,7 @@ def main() -> None:
 
     args = training_arguments(config)
     checkpoint = newest_checkpoint(args.output_dir)
+    prepare_to_load(checkpoint, args)
     watchdog = Watchdog(config.output_dir, config.hang_timeout)
     trainer = DpoTrainer(
         model=load_causal_lm(config.model_name_or_path, config),

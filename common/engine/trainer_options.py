@@ -20,6 +20,8 @@ MAY_DIFFER = frozenset(
     {
         "output_dir", "resume", "overwrite", "tensorboard", "save_total_limit", "logging_steps",
         "per_device_eval_batch_size", "hang_timeout",
+        # As long as the sequences an optimiser step stay the same (`prepare_to_load`).
+        "per_device_train_batch_size", "gradient_accumulation_steps",
     }
 )
 
