@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from common.config import LoraOptions, ModelOptions, RunOptions, ZeroOptions, option
 from common.errors import InputError
-from common.feedback.load import ANNOTATORS
+from common.feedback.load import ANNOTATORS, OWN, check_annotator_name
 
 
 @dataclass
@@ -102,8 +102,8 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
     list_cost: float = option(1.0, "Cost of each missing line, and of a missing EOS, in worst queries.")
 
     monitor: str = option(
-        "", "Annotator that judges every rollout beside the reward model: judge/* in TensorBoard.",
-        choices=["", *ANNOTATORS],
+        "", "Annotator that judges every rollout beside the reward model (judge/* in TensorBoard): "
+        f"{', '.join(ANNOTATORS)}, or a function of your own, {OWN}."
     )
     truth: str = option("", "For the monitor simulated: truth.jsonl of the embedded log.")
     reward_from: str = option(
@@ -159,6 +159,7 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
         for name in ("gamma", "line_gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name} must lie between 0 and 1, not {getattr(self, name)}")
+        check_annotator_name(self.monitor, "monitor", known=("", *ANNOTATORS))
         if self.monitor_margin > 0 and not self.monitor:
             raise InputError("--monitor_margin needs --monitor: without a judge there is nothing to compare with")
         if self.reward_from == "monitor" and not self.monitor:

@@ -43,7 +43,7 @@ from common.evaluation.summary import (
 from common.feedback.annotator import Annotator, BatchAnnotator
 from common.feedback.llm.annotator import LLMAnnotator
 from common.feedback.llm.options import EndpointOptions
-from common.feedback.load import ANNOTATORS, LLM, LLM_TEMPLATE, open_annotator
+from common.feedback.load import ANNOTATORS, LLM, LLM_TEMPLATE, OWN, check_annotator_name, open_annotator
 from common.files import atomic_write, read_json, write_json, write_jsonl
 
 REPORT_NAME = "report.json"
@@ -61,7 +61,10 @@ class EvaluateConfig(EndpointOptions, ModelOptions):
     )
     output_dir: str = option("", "Folder of the run; report.json, report.md and generations/ are written there.")
     overwrite: bool = option(False, "Replace the report that output_dir holds.")
-    annotator: str = option("lexical", "Who judges words and queries.", choices=[*ANNOTATORS, LLM])
+    annotator: str = option(
+        "lexical",
+        f"Who judges words and queries: {', '.join((*ANNOTATORS, LLM))}, or a function of your own, {OWN}.",
+    )
     truth: str = option("", "Latent truth of the simulated log; the annotator 'simulated' reads it.")
     reward_annotator: str = option(
         "", "Annotator whose labels trained the reward model (of llm: its model's name); the report warns when it is "
@@ -249,6 +252,7 @@ def check_config(config: EvaluateConfig) -> None:
     for name in ("data_dir", "output_dir"):
         if not getattr(config, name):
             raise InputError(f"--{name} is needed")
+    check_annotator_name(config.annotator, "annotator", known=(*ANNOTATORS, LLM))
     for name in ("num_queries", "max_prompt_tokens", "max_new_tokens", "batch_size", "resamples"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name} must be at least 1, not {getattr(config, name)}")
