@@ -42,6 +42,7 @@ use_cpu_ranks_without_gpu() {
 # goes to SCRIPT. On CPU ranks two processes are started unless --num_gpus says otherwise.
 launch() {
     local script="$1"; shift
+    case " $* " in *" --help "*|*" -h "*) python "$script" --help; return ;; esac # once, not once a rank
     local launcher=() flags=() placed=""
     while [ $# -gt 0 ]; do
         case "$1" in

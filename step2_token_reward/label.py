@@ -56,10 +56,13 @@ Samples = dict[str, dict[str, Any]]
 class LabelConfig(EndpointOptions):
     """Label sampled responses, word by word and query by query."""
 
-    samples: str = option("", "The responses to label: samples.jsonl, written by sample.py.")
+    samples: str = option(
+        "", "The responses to label: samples.jsonl, written by sample.py.", group="what is labelled",
+    )
     labels: str = option("", "Where the labels go; labels that the file holds already are kept.")
     annotator: str = option(
-        "lexical", f"Who scores: {', '.join((*ANNOTATORS, LLM))}, or a function of your own, {OWN}."
+        "lexical", f"Who scores: {', '.join((*ANNOTATORS, LLM))}, or a function of your own, {OWN}.",
+        group="annotator",
     )
     truth: str = option("", "For the annotator simulated: truth.jsonl of the embedded log.")
     word_error_rate: float = option(0.0, "For the annotator simulated: share of wrong labels.")
@@ -67,7 +70,9 @@ class LabelConfig(EndpointOptions):
     template: str = option(
         LLM_TEMPLATE, "For the annotator llm: the prompt, by name (common/feedback/llm/templates) or as a file."
     )
-    share: float = option(1.0, "Label this share of the samples only, drawn by hash: to measure agreement.")
+    share: float = option(
+        1.0, "Label this share of the samples only, drawn by hash: to measure agreement.", group="how much",
+    )
     dry_run: bool = option(
         False, "For the annotator llm: print calls, estimated tokens and the first prompt, and ask nothing."
     )

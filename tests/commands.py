@@ -45,7 +45,8 @@ def flags_of(module: str) -> set[str]:
     """The flags that a module takes, without dashes."""
     config = config_of(module)
     if config is None:
-        return set(re.findall(r'"--(\w+)"', source(module))) | {"help"}
+        switches = re.findall(r"read_switches\(__doc__, (\w+)=", source(module))
+        return {*switches, *re.findall(r'"--(\w+)"', source(module)), "help"}
     fields = dataclasses.fields(config)
     return {field.name for field in fields} | {f"no_{f.name}" for f in fields if f.default is True} | _ALWAYS
 

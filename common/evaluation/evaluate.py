@@ -55,7 +55,7 @@ _SYSTEM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class EvaluateConfig(EndpointOptions, ModelOptions):
     """Compare systems (model folders) on held-out users and write report.json and report.md."""
 
-    data_dir: str = option("", "Folder with train.jsonl, dev.jsonl and test.jsonl.")
+    data_dir: str = option("", "Folder with train.jsonl, dev.jsonl and test.jsonl.", group="what is compared")
     systems: list[str] = option(
         [], "name=model folder ..., in the order of training; a later one is compared with each before it."
     )
@@ -64,13 +64,14 @@ class EvaluateConfig(EndpointOptions, ModelOptions):
     annotator: str = option(
         "lexical",
         f"Who judges words and queries: {', '.join((*ANNOTATORS, LLM))}, or a function of your own, {OWN}.",
+        group="judge",
     )
     truth: str = option("", "Latent truth of the simulated log; the annotator 'simulated' reads it.")
     reward_annotator: str = option(
         "", "Annotator whose labels trained the reward model (of llm: its model's name); the report warns when it is "
         "the judge too.",
     )
-    split: str = option("test", "Whose examples are used.", choices=list(SPLITS))
+    split: str = option("test", "Whose examples are used.", choices=list(SPLITS), group="examples and decoding")
     max_examples: int = option(0, "Use a random sample of this many examples; 0 uses all.")
     num_queries: int = option(3, "Queries asked for (the paper's k: AOL 3, industrial log 10).")
     prompt_template: str = option("plain", "The template that the systems were trained with.")
@@ -82,7 +83,7 @@ class EvaluateConfig(EndpointOptions, ModelOptions):
     )
     temperature: float = option(1.0, "Of sampled decoding; 1 is the model's own distribution.")
     batch_size: int = option(64, "Prompts generated at once; it takes part in what a seed draws.")
-    resamples: int = option(10_000, "Bootstrap resamples behind each interval.")
+    resamples: int = option(10_000, "Bootstrap resamples behind each interval.", group="report")
     shown_examples: int = option(5, "Examples printed in report.md, drawn at random; they hold text from the log.")
     timings: list[str] = option(
         [], 'Files with {"stage": seconds} to be taken into the report.'
