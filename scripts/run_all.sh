@@ -178,4 +178,5 @@ cat <<END
 models       SFT $run/step1_sft/model, reward $run/step2_token_reward/reward/model, TPPO $run/step3_tppo/model
 report       $run/report.md, $run/report.json
 TensorBoard  tensorboard --logdir $run
+next         read the report and its warnings; docs/tuning.md says what healthy curves look like
 END

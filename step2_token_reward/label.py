@@ -90,6 +90,7 @@ def main() -> None:
     ) as annotator:  # fmt: skip
         if config.dry_run:
             print(describe_calls(annotator, [sample_item(row) for row in missing_samples(samples, labels, annotator)]))
+            print("next: the same command without --dry_run")
             return
         label_samples(samples, labels, annotator)
         existing = read_existing_labels(labels, samples, annotator=annotator.name)
@@ -97,6 +98,10 @@ def main() -> None:
         if isinstance(annotator, LLMAnnotator):
             print(describe_endpoint(annotator, labels, samples))
         print(f"labels by {annotator.name}: {labels}")
+        print(
+            f"next: bash scripts/run_step2.sh --samples {config.samples} --labels {labels} "
+            "--config ... --output_dir ..."
+        )
 
 
 def check_config(config: LabelConfig) -> None:

@@ -248,6 +248,7 @@ def main() -> None:
         write_log(config, folder)
     sizes = ", ".join(f"{size} {split}" for split, size in _split_sizes(config).items())
     print(f"{config.num_users} users ({sizes}): {folder / SESSIONS_NAME}, truth in {folder / TRUTH_NAME}")
+    print(f"next: python -m common.data.prepare --log {folder / SESSIONS_NAME} --output_dir {folder.parent / 'data'}")
 
 
 if __name__ == "__main__":

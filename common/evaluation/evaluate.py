@@ -115,6 +115,7 @@ def main() -> None:
         stream.write(render_markdown(report, choose_shown(examples, rows, config)))
     write_json(output_dir / REPORT_NAME, report)
     print(render_terminal(report, str(output_dir / "report.md")))
+    print(f"next: read its warnings, then single responses with their scores in {output_dir / 'generations'}")
 
 
 def generate_and_score(
