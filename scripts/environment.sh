@@ -87,7 +87,7 @@ remote_environment() {
     local file name
     file="$(mktemp)"
     for name in DS_ACCELERATOR OMP_NUM_THREADS TOKENIZERS_PARALLELISM GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME \
-        NCCL_DEBUG NCCL_IB_DISABLE HF_HOME HF_HUB_OFFLINE; do
+        NCCL_DEBUG NCCL_IB_DISABLE HF_HOME HF_HUB_OFFLINE TPPO_DEBUG; do
         [ -z "${!name:-}" ] || echo "$name=${!name}" >> "$file"
     done
     echo "$file"

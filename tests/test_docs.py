@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from common.data.readers import read_log
 from common.data.records import Event
 from common.feedback.annotator import Annotation, FeedbackItem
 from common.feedback.own import OwnAnnotator
-from tests.commands import LAUNCHER, ROOT, SCRIPTS, flags_of, flags_of_script, module_name
+from step2_token_reward.evaluation import METRIC_NAMES
+from step3_tppo.metrics import REWARD_PARTS
+from tests.commands import LAUNCHER, ROOT, SCRIPTS, flags_of, flags_of_script, module_name, source
 
 PAGES = sorted(
     {page for pattern in ("*.md", "docs/**/*.md", "*/README.md", "benchmarks/*.md") for page in ROOT.glob(pattern)}
@@ -125,6 +128,36 @@ def test_the_annotator_that_the_documentation_shows_scores_as_it_says(tmp_path: 
     item = FeedbackItem("example", "user", history, (), "red boots\nblue, hat!")
     annotation = OwnAnnotator(f"{tmp_path / 'my_scores.py'}:score").annotate(item)
     assert annotation == Annotation(((1, 2), (0, 1)), (2, 0))
+
+
+def test_the_log_that_the_documentation_makes_from_a_table_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (snippet,) = fences(ROOT / "docs/own_log.md", "python")
+    rows = ["user,time,query", "u1,2024-03-01T10:03:40,sleeper vienna", "u2,2024-03-01,tea", "u1,2024-03-01T10,trains"]
+    (tmp_path / "searches.csv").write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "own_log.md", "exec"), {})
+    (shown,) = fences(ROOT / "docs/own_log.md", "json")
+    with Path("sessions.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(" ".join(shown.split("\n")))
+    found = {record.user_id: [event.text for event in record.events] for record in read_log("sessions.jsonl", "jsonl")}
+    assert found == {
+        "u1": ["trains", "sleeper vienna"], "u2": ["tea"],
+        "u17": ["night trains", "Night trains of Europe", "sleeper vienna"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ["docs/tuning.md", "step3_tppo/README.md", "step2_token_reward/README.md"])
+def test_curves_that_a_page_names_are_logged(page: str) -> None:
+    logged = {f"eval/{name}" for name in METRIC_NAMES} | {"train/loss", "train/local_loss", "train/global_loss"}
+    logged |= {f"reward/{part}_per_{unit}" for part in (*REWARD_PARTS, "kl_penalty") for unit in ("token", "query")}
+    for module in ("metrics", "monitor", "trainer"):
+        logged |= set(re.findall(r'"(\w+/\w+)"', source(f"step3_tppo.{module}")))
+    groups = {name.split("/")[0] for name in logged}
+    named = re.findall(r"`(\w+)/(\w+)`", (ROOT / page).read_text(encoding="utf-8"))
+    found = {f"{group}/{name}" for group, name in named if group in groups}
+    assert len(found) > 5 and not found - logged
 
 
 def test_scripts_that_hand_their_flags_on_are_those_that_are_listed() -> None:
