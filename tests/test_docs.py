@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -16,7 +17,7 @@ from common.feedback.annotator import Annotation, FeedbackItem
 from common.feedback.own import OwnAnnotator
 from step2_token_reward.evaluation import METRIC_NAMES
 from step3_tppo.metrics import REWARD_PARTS
-from tests.commands import LAUNCHER, ROOT, SCRIPTS, flags_of, flags_of_script, module_name, source
+from tests.commands import LAUNCHER, ROOT, SCRIPTS, flags_of, flags_of_script, module_name, modules, source
 
 PAGES = sorted(
     {page for pattern in ("*.md", "docs/**/*.md", "*/README.md", "benchmarks/*.md") for page in ROOT.glob(pattern)}
@@ -99,6 +100,22 @@ def test_every_command_of_a_page_exists_and_takes_the_flags_that_it_is_given(pag
         if (problem := problem_with(words)) is not None
     }  # fmt: skip
     assert not problems
+
+
+def texts(module: str) -> Iterator[str]:
+    """Every text in a module's source, with a word in the place of each value that is put in."""
+    for node in ast.walk(ast.parse(source(module))):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "value" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_the_commands_that_commands_end_with_exist_and_take_their_flags() -> None:
+    every = "\n".join(text for module in modules() for text in texts(module))
+    told = re.findall(r"^next: +(.*)", every, re.MULTILINE)
+    problems = {line: found for line in told for words in commands(line) if (found := problem_with(words))}
+    assert len(told) >= 10 and not problems
 
 
 def test_a_wrong_command_is_found() -> None:
