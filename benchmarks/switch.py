@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from benchmarks.generation import zero3_engine
-from benchmarks.measuring import on_ranks, peak_memory, save, timed
+from benchmarks.measuring import on_ranks, peak_memory, read_switches, save, timed
 from benchmarks.models import query_tokenizer, random_llama
 from benchmarks.step3 import SHAPE, prepare, tppo_steps
 from common.config import LoraOptions
@@ -42,6 +42,7 @@ MIB = 2**20
 
 def main() -> None:
     """Switches of a small model beside its whole step, then memory of a larger one in each mode."""
+    read_switches(__doc__)
     ranks = 1 if torch.cuda.is_available() else 2
     switches = on_ranks(switch_seconds, ranks)
     with tempfile.TemporaryDirectory() as folder:

@@ -96,7 +96,10 @@ def report(config: Step3Config, seconds: float) -> None:
         f"  checkpoints   {folder / 'checkpoints'}\n"
         f"  metrics       {folder / 'metrics.jsonl'}\n"
         f"  TensorBoard   tensorboard --logdir {folder}\n"
-        "next: bash scripts/evaluate.sh",
+        f"next: bash scripts/evaluate.sh --data_dir {config.data_dir} --output_dir {folder}/evaluation "
+        f"--systems before={config.actor_path} tppo={folder / 'model'} --prompt_template {config.prompt_template} "
+        f"--max_prompt_tokens {config.max_prompt_tokens} --max_new_tokens {config.max_response_tokens} "
+        f"--num_queries {config.num_queries} --temperature {config.temperature:g}",
         flush=True,
     )
 

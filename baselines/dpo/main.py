@@ -63,7 +63,12 @@ def main() -> None:
     weights = trainer.whole_weights()
     folder = Path(config.output_dir) / "model"
     distributed.on_main_first(lambda: save_model_folder(trainer.model, tokenizer, folder, {"do_sample": True}, weights))
-    distributed.on_main_first(lambda: print(f"{len(train)} pairs; model: {folder}", flush=True))
+    closing_words = (
+        f"{len(train)} pairs; model: {folder}\n"
+        f"next: bash scripts/evaluate.sh --systems before={config.model_name_or_path} dpo={folder} --data_dir ... "
+        "--output_dir ..."
+    )
+    distributed.on_main_first(lambda: print(closing_words, flush=True))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ MAY_DIFFER = frozenset(
 class TrainerOptions(ZeroOptions, ModelOptions, RunOptions):
     """How a Trainer trains; a step's own config gives other defaults where it needs them."""
 
-    learning_rate: float = option(2e-5, "Peak learning rate of AdamW.")
+    learning_rate: float = option(2e-5, "Peak learning rate of AdamW.", group="training")
     num_train_epochs: float = option(2.0, "Passes over the training data (paper: 2).")
     max_steps: int = option(0, "Stop after this many optimiser steps; 0 goes by num_train_epochs.")
     per_device_train_batch_size: int = option(4, "Sequences a rank and a micro-batch.")
@@ -42,7 +42,9 @@ class TrainerOptions(ZeroOptions, ModelOptions, RunOptions):
     )
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
-    logging_steps: int = option(10, "Steps between two points of the training curves.")
+    logging_steps: int = option(
+        10, "Steps between two points of the training curves.", group="logging, evaluation, checkpoints",
+    )
     eval_steps: int = option(200, "Steps between two evaluations on held-out users; there is one at the end.")
     save_steps: int = option(200, "Steps between two checkpoints; there is one at the end.")
     hang_timeout: float = option(
