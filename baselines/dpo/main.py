@@ -61,7 +61,9 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     weights = trainer.whole_weights()
     folder = Path(config.output_dir) / "model"
-    distributed.on_main_first(lambda: save_model_folder(trainer.model, tokenizer, folder, {"do_sample": True}, weights))
+    distributed.on_main_first(
+        lambda: save_model_folder(trainer.model, tokenizer, folder, {"do_sample": True, "top_k": 0}, weights, builder)
+    )
     distributed.on_main_first(lambda: print(f"{len(train)} pairs; model: {folder}", flush=True))
 
 
