@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.config import LoraOptions, parse_config
+from common.data.prompt_settings import load_prompt_settings
 from common.data.prompts import PromptBuilder
 from common.data.records import Event, Example
 from common.engine.manifest import MANIFEST, damage, is_complete, write_manifest
@@ -393,6 +394,12 @@ def test_two_ranks_with_zero_3_equal_one_without_and_resume_equals_a_straight_ru
     final = weights("two")
     for name, weight in whole.model.state_dict().items():
         assert torch.allclose(final[name], weight, atol=1e-5), name
+    history = examples[0].history
+    recorded = load_prompt_settings(tmp_path / "two" / "model")
+    assert recorded.builder(ordinary_tokenizer()).ids(history) == builder.ids(history)
+    served = AutoTokenizer.from_pretrained(tmp_path / "two" / "model")
+    request = [{"role": "user", "content": builder.text(history)}]
+    assert served.apply_chat_template(request, return_dict=False) == builder.ids(history)
 
     rows = read_metrics(tmp_path / "two" / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]

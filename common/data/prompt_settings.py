@@ -61,11 +61,13 @@ def load_prompt_settings(
     given = {name: value for name, value in given.items() if value}
     path = Path(folder) / SETTINGS_NAME
     if not path.is_file():
-        missing = [f"--{name}" for name in PromptSettings.__slots__ if name not in given]
+        missing = ", ".join(f"--{name}" for name in PromptSettings.__slots__ if name not in given)
+        if missing and not Path(folder).is_dir():
+            raise InputError(f"{folder}: no such folder; if it is a hub name, add {missing} as in the model's training")
         if missing:
             raise InputError(
                 f"{folder}: does not say how its prompts are made (no {SETTINGS_NAME}); give a model folder that steps "
-                f"1 or 3 wrote, or add {', '.join(missing)} as in the model's training"
+                f"1 or 3 wrote, or add {missing} as in the model's training"
             )
         return PromptSettings(**given)
     recorded = _read_record(path)

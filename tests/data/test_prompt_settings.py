@@ -123,6 +123,8 @@ def test_a_folder_gives_back_the_builder_that_it_was_written_with(tmp_path: Path
 def test_settings_that_are_given_win_and_can_stand_in_for_a_record(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no query_generation.json.*--num_queries, --max_prompt_tokens as in"):
         load_prompt_settings(tmp_path, prompt_template="compact")
+    with pytest.raises(InputError, match="no such folder; if it is a hub name, add --prompt_template"):
+        load_prompt_settings(tmp_path / "nowhere")
     given = PromptSettings("compact", 4, 99)
     assert load_prompt_settings(tmp_path, "compact", 4, 99) == given
     save_prompt_settings(PromptBuilder(ordinary_tokenizer(), "plain", 60, 3), tmp_path)
