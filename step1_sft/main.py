@@ -73,7 +73,7 @@ def main() -> None:
     )
     with watchdog:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    save(trainer, config)
+    save(trainer, builder, config)
     if distributed.rank() == 0:
         write_json(Path(config.output_dir) / "timings.json", {"step1_sft": round(time.monotonic() - start, 1)})
         print(closing_words(config), flush=True)
@@ -89,13 +89,13 @@ def announce(config: SftConfig, train: Rows, dev: Rows, checkpoint: Path | None)
     print(f"resuming from {checkpoint}" if checkpoint else f"starting from {config.model_name_or_path}", flush=True)
 
 
-def save(trainer: SftTrainer, config: SftConfig) -> None:
+def save(trainer: SftTrainer, builder: PromptBuilder, config: SftConfig) -> None:
     """Write the model folder on rank 0; all ranks give their shards."""
     weights = trainer.whole_weights()
-    generation = {"max_new_tokens": config.max_response_tokens, "do_sample": True}
+    generation = {"max_new_tokens": config.max_response_tokens, "do_sample": True, "top_k": 0}
     distributed.on_main_first(
         lambda: save_model_folder(
-            trainer.model, trainer.processing_class, Path(config.output_dir) / "model", generation, weights
+            trainer.model, builder.tokenizer, Path(config.output_dir) / "model", generation, weights, builder
         )
     )
 

@@ -61,7 +61,7 @@ def main() -> None:
     make_rollout = RolloutMaker(models, prompts, reward_options(config, length), config, device, judge)
     TPPOTrainer(config, models, make_rollout, examples, device, monitor).train()
 
-    export_models(models, tokenizer, config)
+    export_models(models, prompts, config)
     distributed.on_main_first(lambda: report(config, time.perf_counter() - begun))
 
 

@@ -62,7 +62,10 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     weights = trainer.whole_weights()
     folder = Path(config.output_dir) / "model"
-    distributed.on_main_first(lambda: save_model_folder(trainer.model, tokenizer, folder, {"do_sample": True}, weights))
+    settings = {"do_sample": True, "top_k": 0}
+    distributed.on_main_first(
+        lambda: save_model_folder(trainer.model, tokenizer, folder, settings, weights, builder)
+    )
     closing_words = (
         f"{len(train)} pairs; model: {folder}\n"
         f"next: bash scripts/evaluate.sh --systems before={config.model_name_or_path} dpo={folder} --data_dir ... "

@@ -23,6 +23,8 @@ from transformers import (
 
 from common.alignment import TokenDecoder
 from common.config import LoraOptions, ModelOptions
+from common.data.prompt_settings import save_prompt_settings, serving_tokenizer
+from common.data.prompts import PromptBuilder
 from common.errors import InputError
 
 ADAPTER_FOLDER = "adapter"
@@ -161,13 +163,16 @@ def save_model_folder(
     path: str | Path,
     generation: Mapping[str, Any],
     state_dict: Mapping[str, torch.Tensor] | None = None,
+    prompts: PromptBuilder | None = None,
 ) -> Path:
     """Write a complete Hugging Face folder: safetensors, tokenizer, and a generation config with EOS and pad ids.
 
     A model with LoRA adapters is saved merged, so that the folder loads like any other, and its adapters alone in the
     subfolder `adapter`. `generation` holds further settings (`max_new_tokens`, ...). `state_dict` are the whole
-    weights where the model's own are sharded. The folder appears under `path` only once it is complete, in the place
-    of an earlier one. Call it on one process; `model` is left as it was. Returns `path`.
+    weights where the model's own are sharded. `prompts` is how the model was asked in training: it is recorded, and the
+    tokenizer gets the chat template that gives the same ids (`common.data.prompt_settings`). The folder appears under
+    `path` only once it is complete, in the place of an earlier one. Call it on one process; `model` is left as it was.
+    Returns `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,6 +192,9 @@ def save_model_folder(
     config.update({**special, "use_cache": True})
     config.save_pretrained(temporary)
     GenerationConfig(**special, **generation).save_pretrained(temporary)
+    if prompts is not None:
+        save_prompt_settings(prompts, temporary)
+        tokenizer = serving_tokenizer(prompts)
     tokenizer.save_pretrained(temporary)
     return _replace_folder(temporary, path)
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from common.data.prompt_settings import load_prompt_settings
 from common.data.prompts import PromptBuilder
 from common.engine.manifest import MANIFEST
 from common.engine.universal import convert
@@ -92,6 +93,12 @@ def test_two_ranks_with_zero_3_equal_one_without_and_resume_equals_a_straight_ru
     final, logged = weights(run), losses(run)
     for name, weight in whole.model.state_dict().items():
         assert torch.allclose(final[name], weight, atol=1e-5), name
+    history = EXAMPLES[0].history
+    recorded = load_prompt_settings(run / "model")
+    assert recorded.builder(ordinary_tokenizer()).ids(history) == builder.ids(history)
+    served = AutoTokenizer.from_pretrained(run / "model")
+    request = [{"role": "user", "content": builder.text(history)}]
+    assert served.apply_chat_template(request, return_dict=False) == builder.ids(history)
     assert len(logged) == 3 and logged[-1] < logged[0]
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows if "eval_perplexity" in row] == [2, 3]
