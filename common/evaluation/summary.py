@@ -142,8 +142,7 @@ def find_warnings(
 
 def _measure_row(example: Example, row: Row, k: int) -> dict[str, float | None]:
     queries = split_queries(row["response"])
-    searched = [event.query or "" for event in example.history if event.type == "search"]
-    new, repeated = metrics.new_and_repeated(example.targets, searched)
+    new, repeated = metrics.new_and_repeated(example.targets, example.searched)
     judged: dict[str, float | None] = dict.fromkeys(JUDGED_MEASURES)
     if row["queries"] is not None:
         judged = {
@@ -157,7 +156,7 @@ def _measure_row(example: Example, row: Row, k: int) -> dict[str, float | None]:
         "recall_new": metrics.target_recall(queries, new, k),
         "recall_repeated": metrics.target_recall(queries, repeated, k),
         "token_f1": metrics.best_match_f1(queries, example.targets, k),
-        "copy_rate": metrics.copy_rate(queries, searched, k),
+        "copy_rate": metrics.copy_rate(queries, example.searched, k),
         "duplicate_rate": metrics.duplicate_rate(queries, k),
         "words_per_query": metrics.words_per_query(queries, k),
         "tokens_per_response": row["tokens"],
