@@ -9,7 +9,6 @@ import torch
 
 from common.engine.distributed import gather_from_ranks, max_over_ranks, sum_over_ranks, world_size
 from common.evaluation.metrics import copy_counts, distinct_n, has_format_error, word_counts
-from common.evaluation.report import escape
 from common.text import normalise, split_queries
 from step3_tppo.rollout import Rollout, part_tensor
 
@@ -128,23 +127,6 @@ def position_profiles(
     return {"tokens": tokens.tolist(), **means}
 
 
-def samples_markdown(rollout: Rollout, limit: int = 4) -> str:
-    """A few responses with each token's reward, as a Markdown table whose cells are escaped."""
-    blocks = []
-    for row in range(min(limit, len(rollout.generated))):
-        decoded = rollout.decoded[row]
-        cells = [
-            f"| {_cell(decoded.text[int(start) : math.ceil(end)])} | {reward:+.2f} | {kl:+.2f} |"
-            for (start, end), reward, kl in zip(
-                decoded.spans, rollout.parts[row].total, rollout.kl[row].tolist(), strict=False
-            )
-        ]
-        history = "; ".join(event.text for event in rollout.examples[row].history[-3:])
-        header = [f"**after:** {escape(history)}", "", "| token | reward | KL |", "|---|---|---|"]
-        blocks.append("\n".join([*header, *cells]))
-    return "\n\n".join(blocks)
-
-
 def _value_metrics(
     values: torch.Tensor, returns: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor
 ) -> dict[str, float]:
@@ -172,8 +154,3 @@ def _summed(values: dict[str, torch.Tensor | float]) -> dict[str, float]:
     device = next((value.device for value in values.values() if isinstance(value, torch.Tensor)), torch.device("cpu"))
     totals = sum_over_ranks(torch.tensor([float(value) for value in values.values()], device=device).double())
     return dict(zip(values, totals.tolist(), strict=True))
-
-
-def _cell(token: str) -> str:
-    """A token's text as a table cell, with line breaks and nothing at all made visible."""
-    return escape(token.replace("\n", "⏎")) or "∅"

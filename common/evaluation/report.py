@@ -7,11 +7,10 @@ character of it that Markdown or HTML could act on is written as a character ref
 from __future__ import annotations
 
 import textwrap
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.text import split_queries
+from common.text import split_queries, visible_line
 
 LABELS = {
     "relevance_rate": "relevance rate",
@@ -41,9 +40,7 @@ def escape(text: str) -> str:
     White space and control characters become single spaces; invisible format characters (which could reverse the
     line) and lone surrogates (which no file can hold) are left out; other ASCII marks become character references.
     """
-    spaced = "".join(" " if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char for char in text)
-    visible = "".join(char for char in spaced if unicodedata.category(char) not in ("Cf", "Cs"))
-    return "".join(_reference(char) for char in " ".join(visible.split()))
+    return "".join(_reference(char) for char in visible_line(text))
 
 
 def format_estimate(estimate: Mapping[str, Any], signed: bool = False) -> str:
