@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 
 from common.engine.distributed import sum_over_ranks
+from common.evaluation.over_optimisation import over_optimised
 from common.evaluation.summary import MEASURES, Row, measure_table, score_rows
 from common.feedback.annotator import Annotator
 from step3_tppo.rewards import MAX_WORD_SCORE
 from step3_tppo.rollout import Rollout
 
 BINS = 10
-WINDOW = 10
 
 
 class Judgement(NamedTuple):
@@ -77,14 +77,10 @@ class OverOptimisation:
 
     def found(self) -> bool:
         """Whether the run should end here."""
-        if self._margin <= 0 or len(self._history) < 2 * WINDOW:
+        if self._margin <= 0:
             return False
-        smooth = [
-            tuple(sum(column) / WINDOW for column in zip(*self._history[end - WINDOW : end], strict=True))
-            for end in range(WINDOW, len(self._history) + 1)
-        ]
-        best = max(smooth)
-        return best[0] - smooth[-1][0] > self._margin and smooth[-1][1] >= best[1]
+        judged, rewards = ([pair[place] for pair in self._history] for place in (0, 1))
+        return over_optimised(judged, rewards, self._margin)
 
     def state(self) -> list[tuple[float, float]]:
         """What a checkpoint must hold."""

@@ -119,12 +119,7 @@ def find_warnings(
     `systems` maps a name to its metrics by decoding, in the order of training. A policy that copies the history,
     repeats itself, says the same to everybody or breaks the format may still win relevance.
     """
-    found: list[str] = []
-    if judge == reward_annotator:
-        found.append(
-            f"The judge ({judge}) is the annotator that the reward model was trained on: the tuned system is scored "
-            "by its own teacher, so its gain is optimistic."
-        )
+    found = [own_teacher_warning(judge)] if judge == reward_annotator else []
     first, last = next(iter(systems)), list(systems)[-1]
     for decoding in systems[first]:
         before, after = systems[first][decoding], systems[last][decoding]
@@ -138,6 +133,14 @@ def find_warnings(
             if start is not None and end is not None and worse * (end - start) > MARKED_CHANGE:
                 found.append(f"{decoding} decoding: {text} from {start:.3f} ({first}) to {end:.3f} ({last}).")
     return found
+
+
+def own_teacher_warning(judge: str) -> str:
+    """What to say when the judge is the annotator whose labels trained the reward model."""
+    return (
+        f"The judge ({judge}) is the annotator that the reward model was trained on: the tuned system is scored "
+        "by its own teacher, so its gain is optimistic."
+    )
 
 
 def _measure_row(example: Example, row: Row, k: int) -> dict[str, float | None]:
