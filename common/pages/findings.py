@@ -30,11 +30,11 @@ EXPLAINED_VARIANCE = 0.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A warning: what was found, its numbers, and what to look at or do."""
+    """A warning: what was found, its numbers, and what to look at or do next."""
 
     title: str
     detail: str
-    look: str
+    next: str
 
 
 class _Drift(NamedTuple):
@@ -44,7 +44,7 @@ class _Drift(NamedTuple):
     title: str
     sign: int
     threshold: float
-    look: str
+    next: str
 
 
 _DRIFTS = (
@@ -106,16 +106,17 @@ def unchecked(rows: Sequence[Row]) -> list[str]:
 
 
 def judge_findings(judges: Mapping[str, str], teacher: str) -> list[Finding]:
-    """Warns of each judge (by what it judges) that is `teacher`, whose labels trained the reward model."""
+    """Warns if a judge, named by what it judges, is `teacher`, whose labels trained the reward model."""
+    judged = [what for what, judge in judges.items() if judge and judge == teacher]
+    if not judged:
+        return []
     return [
         Finding(
-            f"The judge of {what} is the reward model's own teacher",
-            own_teacher_warning(judge),
+            f"The judge of {' and of '.join(judged)} is the reward model's own teacher",
+            own_teacher_warning(teacher),
             "Believe differences only as far as this annotator is right; judge with another one (another "
             "--judge_model or annotator, or people).",
         )
-        for what, judge in judges.items()
-        if judge and judge == teacher
     ]
 
 
@@ -149,7 +150,7 @@ def _drift(rows: Sequence[Row], drift: _Drift) -> Finding | None:
     found = ends(rows, drift.metric)
     if found is None or drift.sign * (found[1] - found[0]) <= drift.threshold:
         return None
-    return Finding(drift.title, f"{_from_to(*found)} ({drift.metric}).", drift.look)
+    return Finding(drift.title, f"{_from_to(*found)} ({drift.metric}).", drift.next)
 
 
 def _length(rows: Sequence[Row]) -> Finding | None:

@@ -62,7 +62,7 @@ def test_a_good_run_warns_of_nothing() -> None:
 def test_a_warning_fires_past_its_threshold_and_not_before(metric: str, limit: float, sign: int, title: str) -> None:
     assert run_findings(rows(**{metric: limit - sign * NOISE})) == []
     (found,) = run_findings(rows(**{metric: limit + 2 * sign * NOISE}))
-    assert found.title == title and found.detail and found.look
+    assert found.title == title and found.detail and found.next
 
 
 def test_many_format_errors_are_said_even_if_they_were_always_there() -> None:
@@ -104,6 +104,8 @@ def test_a_judge_that_taught_the_reward_model_is_named() -> None:
     found = judge_findings({"held-out users": "lexical", "the rollouts": "simulated"}, "lexical")
     assert titles(found) == ["The judge of held-out users is the reward model's own teacher"]
     assert found[0].detail == own_teacher_warning("lexical")
+    (both,) = judge_findings({"held-out users": "lexical", "the rollouts": "lexical"}, "lexical")
+    assert both.title.startswith("The judge of held-out users and of the rollouts is")
     assert judge_findings({"the rollouts": ""}, "") == []
 
 

@@ -58,7 +58,7 @@ def page_of(folder: Path) -> Page:
 def test_a_whole_run_has_its_warnings_tables_curves_and_examples(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run", response__copy_rate=0.6))
     for expected in (
-        "The judge of held-out users is the reward model's own teacher.", "The judge of the rollouts is",
+        "The judge of held-out users and of the rollouts is the reward model's own teacher.",
         "Copies from the history rose. From 0.100 (first 10 steps) to 0.600 (last 10)", "format errors rose",
         "relevance rate 0.400 [0.300, 0.500] 0.500 [0.400, 0.600] +0.200", "Item by item", "Best", "Worst",
         "Step 1: supervised fine-tuning", "Step 2: the token-level reward model", "kl_coef 0.08",
