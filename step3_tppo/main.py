@@ -24,6 +24,8 @@ from common.errors import InputError, run_rank_command
 from common.feedback.load import load_annotator
 from common.files import claim_output_dir, write_json
 from common.models.loading import load_tokenizer
+from common.pages.drawing import draw_or_tell
+from common.pages.report import PAGE_NAME, write_report
 from step3_tppo.config import Step3Config
 from step3_tppo.export import export_models
 from step3_tppo.models import build_models
@@ -86,15 +88,17 @@ def median_query_tokens(tokenizer: PreTrainedTokenizerBase, examples: Sequence[E
 
 
 def report(config: Step3Config, seconds: float) -> None:
-    """Say where everything lies."""
+    """Draw the run's page and say where everything lies."""
     folder = Path(config.output_dir)
     write_json(folder / "timings.json", {"step3_tppo": round(seconds, 1)})
+    draw_or_tell(str(folder / PAGE_NAME), lambda: write_report(folder))
     print(
         f"\nstep 3 took {seconds:.0f} s\n"
         f"  tuned model   {folder / 'model'}\n"
         f"  critic        {folder / 'critic'}\n"
         f"  checkpoints   {folder / 'checkpoints'}\n"
         f"  metrics       {folder / 'metrics.jsonl'}\n"
+        f"  report        {folder / PAGE_NAME} (curves, warnings, sampled answers)\n"
         f"  TensorBoard   tensorboard --logdir {folder}\n"
         f"next: bash scripts/evaluate.sh --data_dir {config.data_dir} --output_dir {folder}/evaluation "
         f"--systems before={config.actor_path} tppo={folder / 'model'} --prompt_template {config.prompt_template} "

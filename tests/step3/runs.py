@@ -113,14 +113,20 @@ def numbers(output: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
 
 
+def page_names(output: Path) -> list[str]:
+    return sorted(page.name for page in (output / "samples").iterdir())
+
+
 def ranks_left(output: Path) -> str:
     """Process ids that still work on the run in `output`."""
     return subprocess.run(["pgrep", "-f", f"--output_dir {output}"], capture_output=True, text=True).stdout
 
 
 def assert_equal_runs(output: Path, straight: Path) -> None:
-    """The same metrics of every step, once each, and the same final weights, to the last bit."""
+    """The same metrics and samples of every step, once each, and the same final weights, to the last bit."""
     assert numbers(output) == numbers(straight)
+    assert (output / "samples.jsonl").read_text() == (straight / "samples.jsonl").read_text()
+    assert page_names(output) == page_names(straight)
     for name in WEIGHTS:
         ours, theirs = load_file(output / name), load_file(straight / name)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name

@@ -16,7 +16,8 @@ from tests.engine.test_manifest import flip_a_bit
 from tests.step3.runs import assert_equal_runs, command, environment, numbers, ranks_left, run, run_successfully
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
-FLAGS = ("--total_steps", "20", "--save_steps", "4")
+# Samples of steps 0, 9 and 18: those of step 9 are there when a run that is killed in step 11 goes on from step 8.
+FLAGS = ("--total_steps", "20", "--save_steps", "4", "--sample_steps", "9")
 
 
 @pytest.fixture(scope="module")
