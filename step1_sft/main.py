@@ -1,6 +1,6 @@
 """Step 1: supervised fine-tuning (SFT).
 
-    deepspeed --num_gpus 8 step1_sft/main.py --config step1_sft/configs/llama_lora_8gpu.yaml --data_dir ... \\
+    deepspeed --num_gpus 8 step1_sft/main.py --config step1_sft/configs/8x80gb_lora.yaml --data_dir ... \\
         --model_name_or_path ... --output_dir outputs/my_run/step1_sft
 """
 

@@ -101,7 +101,7 @@ def save_family(family: Family, folder: Path) -> Path:
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = family_config(family, vocab_size=len(tokenizer), **special)
     torch.manual_seed(0)
-    if family in REWARDS.values():
+    if family.model_type in {encoder.model_type for encoder in REWARDS.values()}:
         AutoModel.from_config(config, attn_implementation=family.kernel).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
@@ -113,7 +113,7 @@ def write_data(folder: Path) -> Path:
     history = (Event("search", query="running shoes"), Event("click", title="boots"), Event("search", query="café"))
     for split, count in (("train", 8), ("dev", 2)):
         examples = [
-            Example(f"{split}{i}", f"u{i}", f"u{i}", "test", split, history[: 1 + i % 3], ("boots near me", "café"))
+            Example(f"{split}{i}", f"u{i}", f"u{i}", "test", split, history[: 1 + i % 3], ("boots near me", "café", "up"))
             for i in range(count)
         ]
         write_jsonl(folder / "data" / f"{split}.jsonl", (example.to_dict() for example in examples))
@@ -121,7 +121,7 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-LIMITS = {"prompt_template": "compact", "num_queries": 2, "max_prompt_tokens": 64, "max_response_tokens": 48}
+LIMITS = {"prompt_template": "compact", "num_queries": 3, "max_prompt_tokens": 64, "max_response_tokens": 48}
 TRAINER = {
     "max_steps": 2, "learning_rate": 1e-2, "warmup_ratio": 0, "per_device_train_batch_size": 2, "logging_steps": 1,
     "lr_scheduler_type": "constant_with_warmup", "tensorboard": False,
