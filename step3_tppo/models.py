@@ -66,6 +66,8 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
         actor = apply_lora(actor, config)
     packed = config.packed == "true" or (config.packed == "auto" and config.attn_implementation == "flash_attention_2")
     critic = _load(training, lambda: load_value_model(config.critic_path or config.actor_path, config, packed))
+    check_vocabulary(critic.trunk, tokenizer)
+    check_lengths(critic.trunk.config, config.max_prompt_tokens + config.max_response_tokens)
     if config.gradient_checkpointing:
         actor.gradient_checkpointing_enable()
         critic.gradient_checkpointing_enable()

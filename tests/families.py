@@ -111,9 +111,10 @@ def save_family(family: Family, folder: Path) -> Path:
 def write_data(folder: Path) -> Path:
     """Examples (`data/`) and labelled samples that all families learn from."""
     history = (Event("search", query="running shoes"), Event("click", title="boots"), Event("search", query="café"))
+    targets = ("boots near me", "café", "red hat")
     for split, count in (("train", 8), ("dev", 2)):
         examples = [
-            Example(f"{split}{i}", f"u{i}", f"u{i}", "test", split, history[: 1 + i % 3], ("boots near me", "café", "up"))
+            Example(f"{split}{i}", f"u{i}", f"u{i}", "test", split, history[: 1 + i % 3], targets)
             for i in range(count)
         ]
         write_jsonl(folder / "data" / f"{split}.jsonl", (example.to_dict() for example in examples))

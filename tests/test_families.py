@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
-from common.config import ModelOptions
+from common.config import LoraOptions, ModelOptions
 from common.errors import InputError
 from common.files import read_jsonl
-from common.models.loading import without_dropout
+from common.models.loading import apply_lora, load_causal_lm, load_tokenizer, save_model_folder, without_dropout
 from common.models.token_reward import SETTINGS_NAME, has_attention_kernel, load_token_reward_model
 from common.models.value_model import VALUE_HEAD_NAME
 from common.tracking import read_metrics
@@ -159,6 +159,24 @@ def test_a_decoder_that_reads_both_ways_learns_to_judge_tokens(inputs: Path, tmp
     assert (difference[:, :-1].abs().amax(-1) > 1e-6).any(), "a later token changes nothing before it"
 
 
+@pytest.mark.parametrize("name", ACTORS)
+def test_adapters_of_a_family_merge_into_a_plain_folder(tmp_path: Path, name: str) -> None:
+    family = ACTORS[name]
+    base = save_family(family, tmp_path / "base")
+    options = ModelOptions(attn_implementation=family.kernel)
+    start = load_causal_lm(str(base), options)
+    model = apply_lora(load_causal_lm(str(base), options), LoraOptions(lora_r=4))
+    torch.manual_seed(1)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:  # 0 at first
+            torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        torch.save(model.eval()(input_ids=PROBE).logits, tmp_path / "probe.pt")
+    save_model_folder(model, load_tokenizer(str(base)), tmp_path / "model", {})
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation=family.kernel)
+    assert_reloads_alike(tmp_path, merged, start)
+
+
 @pytest.mark.parametrize("name", NO_TOKEN_CLASSIFIER)
 def test_a_family_without_a_token_classifier_is_refused_as_reward_model(tmp_path: Path, name: str) -> None:
     base = save_family(ACTORS[name], tmp_path)
@@ -212,6 +230,16 @@ def test_adapters_with_dropout_are_refused_in_step_3() -> None:
     config = Step3Config(output_dir="o", actor_path="a", reward_path="r", data_dir="d", lora_r=4, lora_dropout=0.1)
     with pytest.raises(InputError, match="--lora_dropout must be 0 in step 3"):
         config.validate(world_size=1)
+
+
+@pytest.mark.distributed
+def test_a_critic_of_another_vocabulary_is_refused(inputs: Path, tmp_path: Path) -> None:
+    actor = save_family(ACTORS["llama"], tmp_path / "actor")
+    critic = save_family(ACTORS["mistral"], tmp_path / "critic")
+    reward = inputs / "judges" / "bert" / "model"
+    flags = [*tppo_flags(inputs, actor, reward, tmp_path / "run", "sdpa"), f"--critic_path={critic}"]
+    ((error,),) = run_on_ranks(run_steps, SINGLE_PROCESS, [("step3_tppo.main", flags)])
+    assert "they do not belong together" in error
 
 
 @pytest.mark.parametrize(("name", "has_sdpa"), [("longformer", False), ("deberta-v2", False), ("roberta", True)])
