@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from common.config import LoraOptions, ModelOptions
 from common.errors import InputError
 from common.files import read_jsonl
 from common.models.loading import apply_lora, load_causal_lm, load_tokenizer, save_model_folder, without_dropout
+from common.models.reward_encoder import RewardEncoder, RewardInputOptions
 from common.models.token_reward import SETTINGS_NAME, has_attention_kernel, load_token_reward_model
 from common.models.value_model import VALUE_HEAD_NAME
 from common.tracking import read_metrics
@@ -34,6 +36,7 @@ from tests.families import (
     tppo_flags,
     write_data,
 )
+from tests.tokenizer_factory import ALL
 
 # Whose words each actor's are, with another kind of tokenizer than the actor's.
 JUDGES = {
@@ -247,6 +250,17 @@ def test_an_architecture_says_which_kernels_it_has(tmp_path: Path, name: str, ha
     base = str(save_family(REWARDS[name], tmp_path))
     assert has_attention_kernel(base, ModelOptions(attn_implementation="sdpa")) is has_sdpa
     assert has_attention_kernel(base, ModelOptions(attn_implementation="eager"))
+
+
+def test_an_encoder_that_reads_distances_has_no_limit_of_positions() -> None:
+    limits = RewardInputOptions("compact", 3, max_prompt_tokens=1024, max_response_tokens=128)
+    for name, refused in (("deberta-v2", False), ("bert", True)):
+        tokenizer = ALL[REWARDS[name].tokenizer]()
+        config = family_config(REWARDS[name], vocab_size=len(tokenizer), pad_token_id=0)
+        model = AutoModelForTokenClassification.from_config(config, attn_implementation=REWARDS[name].kernel).eval()
+        with pytest.raises(InputError, match="160 positions") if refused else nullcontext():
+            RewardEncoder(tokenizer, limits, model)
+            assert model(input_ids=PROBE.repeat(1, 20)).logits.isfinite().all()
 
 
 @pytest.mark.distributed
