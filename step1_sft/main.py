@@ -1,6 +1,6 @@
 """Step 1: supervised fine-tuning (SFT).
 
-    deepspeed --num_gpus 8 step1_sft/main.py --config step1_sft/configs/llama_lora_8gpu.yaml --data_dir ... \\
+    deepspeed --num_gpus 8 step1_sft/main.py --config step1_sft/configs/8x80gb_lora.yaml --data_dir ... \\
         --model_name_or_path ... --output_dir outputs/my_run/step1_sft
 """
 
@@ -18,12 +18,13 @@ from common.engine.trainer_options import prepare_output, training_arguments
 from common.engine.watchdog import Watchdog
 from common.errors import run_rank_command
 from common.files import write_json
+from common.generation.decode import check_decodable
 from common.models.loading import (
     apply_lora,
+    causal_lm_skeleton,
     check_lengths,
     check_vocabulary,
     load_causal_lm,
-    load_model_config,
     load_tokenizer,
     save_model_folder,
 )
@@ -41,10 +42,9 @@ def main() -> None:
     distributed.seed_everything(config.seed)
 
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, config.pad_token)
-    check_lengths(
-        load_model_config(config.model_name_or_path, config.trust_remote_code),
-        config.max_prompt_tokens + config.max_response_tokens,
-    )
+    skeleton = causal_lm_skeleton(config.model_name_or_path, config)
+    check_decodable(skeleton)
+    check_lengths(skeleton.config, config.max_prompt_tokens + config.max_response_tokens)
     builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
     train, dev = (
         build_rows(load_examples(config.data_dir, split), builder, config.max_response_tokens)

@@ -179,6 +179,8 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
             raise InputError("--kl_in loss needs --kl_estimator k2 or k3: k1 as a loss has no gradient in expectation")
         if self.offload_states and self.offload != "none":
             raise InputError("--offload_states has nothing to move: with --offload states rest in host memory anyway")
+        if self.lora_dropout > 0:
+            raise InputError("--lora_dropout must be 0 in step 3: log-probs of two passes are compared")
         if 0 < self.dual_clip <= 1:
             raise InputError(f"--dual_clip must be above 1, or 0 for none, not {self.dual_clip}")
         _check_divides("rollout_batch_size", self.rollout_batch_size, world_size, "the number of ranks")

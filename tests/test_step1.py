@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from common.config import LoraOptions, parse_config
+from common.config import LoraOptions
 from common.data.prompts import PromptBuilder
 from common.data.records import Event, Example
 from common.engine.manifest import damage, is_complete, write_manifest
@@ -335,8 +334,3 @@ class TestConfig:
                 training_arguments(self.config(deepspeed_config=str(path)))
         finally:
             unset_hf_deepspeed_config()
-
-    @pytest.mark.parametrize("path", sorted(Path("step1_sft/configs").glob("*.yaml")), ids=lambda path: path.name)
-    def test_the_configs_that_ship_are_valid(self, path):
-        given = ["--model_name_or_path=m", "--data_dir=d", "--output_dir=o"]
-        check_config(parse_config(SftConfig, ["--config", str(path), *given]))

@@ -75,15 +75,47 @@ def load_model_config(path: str, trust_remote_code: bool = False) -> PreTrainedC
         raise InputError(f"{path}: cannot read a model configuration ({_reason(path, error)})") from error
 
 
-def load_causal_lm(path: str, options: ModelOptions) -> PreTrainedModel:
+def causal_lm_skeleton(path: str, options: ModelOptions) -> PreTrainedModel:
+    """The language model under `path` without storage (device "meta"): what can be asked before weights are read.
+
+    Raises `InputError` when it is no causal language model, or its architecture has not the attention kernel asked for.
+    """
+    config = load_model_config(path, options.trust_remote_code)
+    check_attention(options.attn_implementation, options.dtype)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, attn_implementation=options.attn_implementation, trust_remote_code=options.trust_remote_code
+            )
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{path}: cannot build a causal language model ({_first_line(error)})") from error
+
+
+def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of `config` with all its dropout probabilities at 0.
+
+    PPO compares log-probs of two passes: with dropout in one of them (GPT-2 and OPT have 0.1) the ratio would be noise.
+    transformers names these settings alike (`attention_dropout`, `resid_pdrop`, `layerdrop`, ...).
+    """
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
+
+
+def load_causal_lm(path: str, options: ModelOptions, config: PreTrainedConfig | None = None) -> PreTrainedModel:
     """The language model under `path` (folder or hub name), on the CPU, or sharded where ZeRO-3 has been set up.
 
-    Raises `InputError` when it is no causal language model, lacks weights, or its attention kernel cannot run here.
+    `config` takes the place of the one in the folder. Raises `InputError` when it is no causal language model, lacks
+    weights, or its attention kernel cannot run here.
     """
     check_attention(options.attn_implementation, options.dtype)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
+            config=config,
             dtype=DTYPES[options.dtype],
             attn_implementation=options.attn_implementation,
             trust_remote_code=options.trust_remote_code,
