@@ -21,6 +21,7 @@ from common.files import write_json
 from common.models.loading import (
     apply_lora,
     check_lengths,
+    check_machine,
     check_vocabulary,
     load_causal_lm,
     load_model_config,
@@ -36,6 +37,7 @@ def main() -> None:
     """Fine-tune `model_name_or_path` on the responses of the train examples; write `<output_dir>/model`."""
     config = parse_config(SftConfig)
     check_config(config)
+    check_machine(config.model_name_or_path, config, config.quantize)
     start = time.monotonic()
     distributed.start()
     distributed.seed_everything(config.seed)
@@ -55,7 +57,7 @@ def main() -> None:
     checkpoint = newest_checkpoint(args.output_dir)
     announce(config, train, dev, checkpoint)
 
-    model = load_causal_lm(config.model_name_or_path, config)
+    model = load_causal_lm(config.model_name_or_path, config, config.quantize)
     check_vocabulary(model, tokenizer)
     watchdog = Watchdog(config.output_dir, config.hang_timeout)
     trainer = SftTrainer(

@@ -47,11 +47,10 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
     )
     frozen = inference_config(config, world_size=world_size)
 
-    actor = _load(training, lambda: load_causal_lm(config.actor_path, config))
+    # Within the sharded loading, because DoRA's magnitudes begin as the norms of whole weights.
+    actor = _load(training, lambda: apply_lora(load_causal_lm(config.actor_path, config, config.quantize), config))
     check_lengths(actor.config, config.max_prompt_tokens + config.max_response_tokens)
     check_vocabulary(actor, tokenizer)
-    if config.lora_r > 0:
-        actor = apply_lora(actor, config)
     packed = config.packed == "true" or (config.packed == "auto" and config.attn_implementation == "flash_attention_2")
     critic = _load(training, lambda: load_value_model(config.critic_path or config.actor_path, config, packed))
     if config.gradient_checkpointing:
@@ -99,8 +98,9 @@ def _sharded_loading(config: dict[str, Any]) -> Iterator[None]:
 def _trained(module: nn.Module, learning_rate: float, ds_config: dict[str, Any], config: Step3Config) -> HybridEngine:
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=(0.9, 0.95), eps=config.adam_epsilon, weight_decay=config.weight_decay
-    )
+        parameters, lr=learning_rate, betas=(0.9, 0.95), eps=config.adam_epsilon, weight_decay=config.weight_decay,
+        fused=config.fused_adam or None,  # None lets torch choose between its other two ways
+    )  # fmt: skip
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
     return HybridEngine(engine)
 
