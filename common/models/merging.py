@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig, PeftModel
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from common.config import ModelOptions, option, parse_config
-from common.errors import InputError
+from common.errors import InputError, one_line
 from common.models.loading import ADAPTER_FOLDER, load_causal_lm, load_tokenizer, save_model_folder
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -63,21 +65,24 @@ def base_of(folder: Path) -> str:
 def merge(folder: Path, base: str, output: str | Path, dtype: str = "auto") -> Path:
     """Write the model at `base` with the adapters in `folder` added to `output`, which appears whole or not at all.
 
-    Tokenizer and generation config are those beside the adapters, or else the base's. Raises `InputError` for a base
-    that cannot be loaded or that the adapters do not fit.
+    The tokenizer is the one beside the adapters, or else the base's. Raises `InputError` for a base that cannot be
+    loaded or that the adapters do not fit.
     """
     source = str(folder) if (folder / "tokenizer_config.json").is_file() else base
-    tokenizer = load_tokenizer(source, pad_token="")
+    tokenizer = load_tokenizer(source)
     model = load_causal_lm(base, ModelOptions(dtype=dtype))
-    generation = model.generation_config
-    if (folder / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(str(folder))
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"{base}: the adapters of {folder} do not fit this model ({str(error).splitlines()[0]}); give theirs with "
-            "--base"
+            f"{base}: the adapters of {folder} do not fit this model ({one_line(error, 150)}); give theirs with --base"
         ) from error
-    settings = {name: value for name, value in generation.to_diff_dict().items() if not name.endswith("_token_id")}
-    return save_model_folder(adapted.merge_and_unload(safe_merge=True), tokenizer, output, settings)
+    return save_model_folder(adapted.merge_and_unload(safe_merge=True), tokenizer, output, _generation(folder))
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    """Settings of generation that were saved beside adapters, but for the ids, which are the tokenizer's."""
+    if not (folder / GENERATION_CONFIG_NAME).is_file():
+        return {}
+    saved = GenerationConfig.from_pretrained(str(folder)).to_diff_dict()
+    return {name: value for name, value in saved.items() if not name.endswith("_token_id")}
