@@ -23,6 +23,7 @@ from common.models.loading import (
     apply_lora,
     causal_lm_skeleton,
     check_lengths,
+    check_machine,
     check_vocabulary,
     load_causal_lm,
     load_tokenizer,
@@ -37,6 +38,7 @@ def main() -> None:
     """Fine-tune `model_name_or_path` on the responses of the train examples; write `<output_dir>/model`."""
     config = parse_config(SftConfig)
     check_config(config)
+    check_machine(config.model_name_or_path, config, config.quantize)
     start = time.monotonic()
     distributed.start()
     distributed.seed_everything(config.seed)
@@ -56,7 +58,7 @@ def main() -> None:
     prepare_to_load(checkpoint, args)
     announce(config, train, dev, checkpoint)
 
-    model = load_causal_lm(config.model_name_or_path, config)
+    model = load_causal_lm(config.model_name_or_path, config, config.quantize)
     check_vocabulary(model, tokenizer)
     watchdog = Watchdog(config.output_dir, config.hang_timeout)
     trainer = SftTrainer(

@@ -20,7 +20,7 @@ from common.engine.watchdog import Watchdog
 from common.errors import run_rank_command
 from common.feedback.labels import read_labels
 from common.files import write_json
-from common.models.loading import check_attention, load_fast_tokenizer
+from common.models.loading import check_machine, load_fast_tokenizer
 from common.models.reward_encoder import RewardEncoder
 from common.models.reward_losses import inverse_class_frequency
 from common.models.token_reward import load_token_reward_model, reads_both_ways, save_token_reward_model
@@ -33,7 +33,7 @@ def main() -> None:
     """Train a token classifier on labelled responses; write `<output_dir>/model`."""
     config = parse_config(Step2Config)
     check_config(config)
-    check_attention(config.attn_implementation, config.dtype)
+    check_machine(config.model_name_or_path, config)
     start = time.monotonic()
     distributed.start()
     distributed.seed_everything(config.seed)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import LoraOptions, ModelOptions, RunOptions, ZeroOptions, option
+from common.config import LoraOptions, ModelOptions, OptimizerOptions, RunOptions, ZeroOptions, option
+from common.engine.adapters import check_adapters
 from common.errors import InputError
 from common.feedback.load import ANNOTATORS, OWN, check_annotator_name
 
 
 @dataclass
-class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
+class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroOptions):
     """Token-level PPO: tune the model of step 1 with the reward model of step 2."""
 
     actor_path: str = option(
@@ -179,6 +180,7 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
             raise InputError("--kl_in loss needs --kl_estimator k2 or k3: k1 as a loss has no gradient in expectation")
         if self.offload_states and self.offload != "none":
             raise InputError("--offload_states has nothing to move: with --offload states rest in host memory anyway")
+        check_adapters(self)
         if self.lora_dropout > 0:
             raise InputError("--lora_dropout must be 0 in step 3: log-probs of two passes are compared")
         if 0 < self.dual_clip <= 1:

@@ -20,10 +20,11 @@ from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.engine import distributed
+from common.engine.environment import write_environment
 from common.errors import InputError, run_rank_command
 from common.feedback.load import load_annotator
 from common.files import claim_output_dir, write_json
-from common.models.loading import load_tokenizer
+from common.models.loading import check_machine, load_tokenizer
 from common.pages.drawing import draw_or_tell
 from common.pages.report import PAGE_NAME, write_report
 from step3_tppo.config import Step3Config
@@ -47,6 +48,8 @@ def main() -> None:
     config = parse_config(Step3Config)
     device = distributed.start()
     config.validate(distributed.world_size())
+    check_machine(config.actor_path, config, config.quantize)
+    check_machine(config.critic_path or config.actor_path, config)
     distributed.on_main_first(lambda: claim(config))
     distributed.seed_everything(config.seed)
 
@@ -68,7 +71,7 @@ def main() -> None:
 
 
 def claim(config: Step3Config) -> None:
-    """Take the output folder for this run, or refuse."""
+    """Take the output folder for this run, or refuse; note what it runs on."""
     claim_output_dir(
         config.output_dir,
         dataclasses.asdict(config),
@@ -76,6 +79,7 @@ def claim(config: Step3Config) -> None:
         overwrite=config.overwrite,
         may_differ=MAY_DIFFER_ON_RESUME,
     )
+    write_environment(config.output_dir, config)
 
 
 def median_query_tokens(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> int:

@@ -20,13 +20,14 @@ from common.engine.trainer_options import prepare_output, training_arguments
 from common.engine.watchdog import Watchdog
 from common.errors import run_rank_command
 from common.feedback.labels import read_labels
-from common.models.loading import check_vocabulary, load_causal_lm, load_tokenizer, save_model_folder
+from common.models.loading import check_machine, check_vocabulary, load_causal_lm, load_tokenizer, save_model_folder
 
 
 def main() -> None:
     """Tune `model_name_or_path` on preference pairs; write `<output_dir>/model`."""
     config = parse_config(DpoConfig)
     check_config(config)
+    check_machine(config.model_name_or_path, config)
     device = distributed.start()
     distributed.seed_everything(config.seed)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, config.pad_token)
