@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from common.engine import distributed
 from common.engine.deepspeed_config import inference_config, training_config
-from common.engine.memory import WeightMode, cache_bytes, mode_that_fits
+from common.engine.memory import WeightMode, cache_bytes, free_bytes, mode_that_fits
+from common.errors import InputError, one_line
 from common.files import read_json
 from common.models.reward_encoder import RewardInputOptions
 from common.models.sequences import without_wrapper
 from common.models.token_reward import SETTINGS_NAME
+from common.planning.advice import Change, advice_line, advise, common_changes, halvings, last_changes, slow_changes
 from common.planning.models import ModelSpec, Weights, meta_model, weights_of
 from common.planning.passes import Pass, Rows, classifier_pass, decoding, scoring_pass, update_pass
 from common.planning.plan import Machine, Phase, Plan
@@ -33,8 +39,12 @@ class Step3Plan:
     def __init__(self, config: Step3Config, machine: Machine) -> None:
         self._config = config
         self._machine = machine
+        config.validate(machine.ranks)
         training = training_config(
-            config, micro_batch_size=config.micro_batch_size, world_size=machine.ranks, max_grad_norm=config.max_grad_norm
+            config,
+            micro_batch_size=config.micro_batch_size,
+            world_size=machine.ranks,
+            max_grad_norm=config.max_grad_norm,
         )
         trained, frozen = (
             Sharding.of(settings, machine.ranks, machine.cuda)
@@ -51,8 +61,7 @@ class Step3Plan:
         self._models = [
             model for model in (self._actor, self._critic, self._reference, self._reward) if model is not None
         ]
-        responses = config.rollout_batch_size * config.samples_per_prompt // machine.ranks
-        self._responses = max(1, responses)
+        self._responses = config.rollout_batch_size * config.samples_per_prompt // machine.ranks
         self._weights_mode = self._choose_mode()
 
     def plan(self) -> Plan:
@@ -108,7 +117,7 @@ class Step3Plan:
 
     def _generation(self) -> Phase:
         config, machine, actor = self._config, self._machine, self._actor
-        prompts = Rows(max(1, config.rollout_batch_size // machine.ranks), config.max_prompt_tokens, config.max_response_tokens)
+        prompts = Rows(config.rollout_batch_size // machine.ranks, config.max_prompt_tokens, config.max_response_tokens)
         found = decoding(actor.spec, prompts, config.samples_per_prompt, config.decode_rows)
         gathered = self._whole(actor)
         if self._weights_mode == "gathered" or not self._sharded:
@@ -194,13 +203,58 @@ def plan_step3(config: Step3Config, machine: Machine) -> Plan:
     return Step3Plan(config, machine).plan()
 
 
+def step3_changes(config: Step3Config, machine: Machine) -> Iterable[Change]:
+    """What can be changed in step 3, cheapest first."""
+    yield from common_changes(config, machine)
+    for setting, least in (("micro_batch_size", 1), ("scoring_batch_size", 1)):
+        tokens = setting.replace("size", "tokens")
+        name = tokens if getattr(config, tokens) else setting
+        yield Change(name, halvings(getattr(config, name), least), "more and smaller passes")
+    if machine.cuda and config.offload == "none":
+        yield Change("offload_states", [True], "optimisers' states are moved twice an update")
+    responses = config.rollout_batch_size * config.samples_per_prompt // machine.ranks
+    rows = halvings(config.decode_rows or responses, config.samples_per_prompt)
+    yield Change("decode_rows", rows, "fewer responses drawn at once, more passes")
+    if config.hybrid_weights != "sharded":
+        yield Change("hybrid_weights", ["sharded"], "rollouts gather weights layer by layer at every token: slow")
+    yield from slow_changes(config, machine)
+    yield from last_changes(config, machine)
+
+
+def check_memory(config: Step3Config, device: torch.device) -> None:
+    """Plan this run with the memory that its fullest rank has free, and say so; all ranks must call.
+
+    Raises `InputError` for one that cannot fit, unless `--plan warn`. Where no plan can be made the run goes on.
+    """
+    if config.plan == "off":
+        return
+    free = -distributed.largest_over_ranks(-free_bytes(device))
+    machine = Machine(distributed.world_size(), free, device.type == "cuda")
+    distributed.on_main_first(lambda: _check(config, machine))
+
+
+def _check(config: Step3Config, machine: Machine) -> None:
+    try:
+        plan = plan_step3(config, machine)
+    except Exception as error:  # of any library: a model that cannot be planned may well be trained
+        print(f"memory plan: none, {type(error).__name__}: {one_line(error)}", flush=True)
+        return
+    print(f"memory plan: {plan.summary()}", flush=True)
+    if plan.verdict != "does not fit":
+        return
+    advice = advice_line(advise(config, machine, plan_step3, step3_changes(config, machine)))
+    message = f"this run takes more memory than there is: {plan.summary()}; {advice}. scripts/plan.py shows every phase"
+    if config.plan == "stop":
+        raise InputError(f"{message}; --plan warn goes on all the same")
+    print(f"warning: {message}", flush=True)
+
+
 def reward_spec(config: Step3Config, zero3: bool) -> ModelSpec:
     """The reward model that step 2 wrote; without one that it could be: the actor's trunk reading both ways."""
     settings = _reward_settings(config)
     path = config.reward_path or config.actor_path
     return ModelSpec.of(
-        path, "token_classifier", config, heads=settings.get("heads", "token"),
-        bidirectional=not config.reward_path or settings.get("bidirectional", False), zero3=zero3,
+        path, "token_classifier", config, heads=settings.get("heads", "token"), bidirectional=not settings, zero3=zero3
     )
 
 
@@ -213,4 +267,4 @@ def reward_tokens(config: Step3Config) -> int:
 
 def _reward_settings(config: Step3Config) -> dict:
     file = Path(config.reward_path) / SETTINGS_NAME
-    return read_json(file) if config.reward_path and file.is_file() else {}
+    return read_json(file) if file.is_file() else {}

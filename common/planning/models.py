@@ -117,8 +117,10 @@ def weights_of(spec: ModelSpec, trained: bool) -> Weights:
 
 
 def gives_own_logits(spec: ModelSpec) -> bool:
-    """Whether log-probs of a causal model are taken a piece of the vocabulary at a time: see `gives_logits_of_its_head`,
-    which needs weights; here the logits must be the very tensor that the output layer gives."""
+    """Whether log-probs of a causal model are taken a piece of the vocabulary at a time.
+
+    `gives_logits_of_its_head` asks the weights; here the logits must be the very tensor that the output layer gives.
+    """
     model = without_wrapper(meta_model(spec))
     if model.config.get_text_config().vocab_size <= VOCABULARY_PIECE:
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
@@ -66,13 +66,15 @@ def update_pass(spec: ModelSpec, rows: Rows) -> Pass:
     return training_pass(spec, lambda model: score(model).sum(), rows.rows * rows.response)
 
 
-def training_pass(spec: ModelSpec, loss: Callable[[nn.Module], Tensor], selected: int = 0) -> Pass:
+def training_pass(
+    spec: ModelSpec, loss: Callable[[nn.Module], Tensor], selected: int = 0, padded: bool = False
+) -> Pass:
     """Forward and backward pass of `loss`; a gradient is let go of once it is whole, as DeepSpeed copies it into its
-    buckets. `selected` as in `PassTracker`."""
+    buckets. `selected` and `padded` as in `PassTracker`."""
     model = meta_model(spec).train()
     hooks = [p.register_post_accumulate_grad_hook(_let_go) for p in model.parameters() if p.requires_grad]
     try:
-        with _linear_of(spec), PassTracker(selected) as tracker:
+        with _linear_of(spec), PassTracker(selected, padded) as tracker:
             loss(model).backward()
     finally:
         for hook in hooks:
@@ -83,9 +85,14 @@ def training_pass(spec: ModelSpec, loss: Callable[[nn.Module], Tensor], selected
 @lru_cache(maxsize=256)
 def classifier_pass(spec: ModelSpec, rows: int, tokens: int) -> Pass:
     """A reward model's pass without gradients over `rows` of `tokens` with padding."""
+    return evaluation_pass(spec, lambda model: model(**classifier_inputs(model, rows, tokens)).logits.float())
+
+
+def evaluation_pass(spec: ModelSpec, evaluate: Callable[[nn.Module], Any]) -> Pass:
+    """A pass of `evaluate` without gradients over a batch with padding."""
     model = meta_model(spec).eval()
     with torch.no_grad(), _linear_of(spec), PassTracker(padded=True) as tracker:
-        model(**classifier_inputs(model, rows, tokens))
+        evaluate(model)
     return Pass(tracker.peak, tracker.flops)
 
 

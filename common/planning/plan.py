@@ -85,11 +85,10 @@ class Plan:
             seconds = f"{phase.seconds:.3g}" if phase.seconds else "-"
             rows.append([phase.name, *sizes, f"{phase.total / GIB:.2f}", seconds])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
-        return "\n".join(lines)
+        return "\n".join(
+            "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
+            for cells in (zip(row, widths, strict=True) for row in rows)
+        )
 
     def summary(self) -> str:
         """The peak against the memory, in one sentence."""
@@ -102,8 +101,8 @@ class Plan:
         """Seconds of an update and hours of the run, with what was assumed."""
         whole = f", {self.updates} of them {self.seconds * self.updates / 3600:.1f} h" if self.updates else ""
         return (
-            f"time: an update {self.seconds:.3g} s{whole}, if a GPU achieves {self.machine.flops / 1e12:.0f} TFLOP/s and "
-            f"{self.machine.bandwidth / 1e9:.0f} GB/s (--achieved_tflops, --achieved_bandwidth); waiting for other ranks, "
+            f"time: an update {self.seconds:.3g} s{whole}, if a GPU achieves {self.machine.flops / 1e12:.0f} TFLOP/s "
+            f"and {self.machine.bandwidth / 1e9:.0f} GB/s (--achieved_tflops, --achieved_bandwidth); communication, "
             "loading and saving not counted"
         )
 
