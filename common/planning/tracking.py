@@ -106,7 +106,8 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, tracker: PassTracker, products: float
     ) -> Tensor:
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        *batch, heads, queries, _ = query.shape
+        output = query.new_empty(*batch, queries, heads, value.shape[-1]).transpose(-3, -2)  # as kernels lay it out
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, mask, output, sums)
         ctx.tracker, ctx.products = tracker, products
