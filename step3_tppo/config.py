@@ -137,6 +137,10 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
         "and differs by rollout/mismatch_* (TensorBoard).",
         choices=["recomputed", "sampled"],
     )
+    plan: str = option(
+        "stop", "Before weights are loaded, plan what a rank will hold; stop, or warn, where it has not that much.",
+        choices=["off", "warn", "stop"],
+    )
     save_steps: int = option(50, "Checkpoint every so many steps, and at the end.", group="checkpoints and samples")
     keep_checkpoints: int = option(
         2, "Newest checkpoints to keep, besides the one of the highest judged relevance (without a monitor: reward)."

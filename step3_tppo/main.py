@@ -31,13 +31,14 @@ from step3_tppo.config import Step3Config
 from step3_tppo.export import export_models
 from step3_tppo.models import build_models
 from step3_tppo.monitor import RolloutMonitor
+from step3_tppo.planning import check_memory
 from step3_tppo.rollout import RolloutMaker, reward_options
 from step3_tppo.trainer import TPPOTrainer
 
 MAY_DIFFER_ON_RESUME = frozenset(
     {
         "output_dir", "resume", "overwrite", "total_steps", "save_steps", "keep_checkpoints", "sample_steps",
-        "tensorboard", "hang_timeout",
+        "tensorboard", "hang_timeout", "plan",
     }
 )
 
@@ -50,6 +51,7 @@ def main() -> None:
     config.validate(distributed.world_size())
     check_machine(config.actor_path, config, config.quantize)
     check_machine(config.critic_path or config.actor_path, config)
+    check_memory(config, device)
     distributed.on_main_first(lambda: claim(config))
     distributed.seed_everything(config.seed)
 

@@ -122,9 +122,9 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """The language model under `path` (folder or hub name), on the CPU, or sharded where ZeRO-3 has been set up.
 
-    With `quantize` (`LoraOptions`) its linear layers but the head in 4 bits, on the GPU. `config` takes the place of the
-    one in the folder. Raises `InputError` when it is no causal language model, lacks weights, or its kernels cannot run
-    here.
+    With `quantize` (`LoraOptions`) its linear layers but the head in 4 bits, on the GPU. `config` takes the place of
+    the one in the folder. Raises `InputError` when it is no causal language model, lacks weights, or its kernels cannot
+    run here.
     """
     check_machine(path, options, quantize)
     try:
