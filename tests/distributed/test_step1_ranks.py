@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,9 +21,9 @@ from common.files import write_jsonl
 from common.tracking import read_metrics
 from step1_sft.dataset import build_rows
 from step1_sft.main import main
+from tests.distributed.kills import run_killed
 from tests.distributed.ranks import run_on_ranks
 from tests.engine.test_manifest import flip_a_bit
-from tests.step3.runs import environment, ranks_left
 from tests.test_step1 import example, make_trainer
 from tests.tiny_models import ordinary_tokenizer, tiny_llama
 
@@ -145,14 +142,7 @@ def test_killed_under_the_launcher_and_resumed_equals_undisturbed(
     """SIGKILL in the middle of step 11 of 20 (two micro-batches a step), and in a checkpoint before its manifest."""
     run = tmp_path / "run"
     flags = arguments(inputs, run, *TWENTY_STEPS)
-    launch = [
-        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--no_local_rank",
-        "--master_port", str(20_000 + os.getpid() % 10_000), "tests/distributed/killed_main.py",
-        "step1_sft.main", "SIGKILL", place, str(call), "1", *flags,
-    ]  # fmt: skip
-    ended = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=300)
-    assert ended.returncode != 0 and not (run / "model").exists()
-    assert not ranks_left(run), "the launcher left a rank behind"
+    assert run_killed("step1_sft.main", place, call, flags, run) != 0
     assert run_on_ranks(run_main, 2, [*flags, "--resume"]) == ["", ""]
     assert losses(run) == losses(straight) and len(losses(run)) == 20
     final = weights(straight)
