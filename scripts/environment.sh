@@ -82,7 +82,8 @@ launch() {
     [ -z "$remote" ] || rm -f "$remote"
     case "$status" in
         0|2|3|4|70|75) ;; # every rank has spoken for itself
-        *) [ -z "$output" ] || python -m common.engine.watchdog "$output" "$begun" ;;
+        *) [ -z "$output" ] || python - "$output" "$begun" >&2 <<< \
+            'import sys; from common.engine.watchdog import silent_ends as s; print(s(sys.argv[1], float(sys.argv[2])))' ;;
     esac
     return "$status"
 }

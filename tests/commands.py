@@ -12,11 +12,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("common", "step1_sft", "step2_token_reward", "step3_tppo", "baselines", "study", "benchmarks")
 # What a script hands its flags to, beside those of its own.
 SCRIPTS = {
+    "convert_checkpoint.sh": "common.engine.universal",
     "run_step1.sh": "step1_sft.main",
     "run_step2.sh": "step2_token_reward.main",
     "run_step3.sh": "step3_tppo.main",
     "evaluate.sh": "common.evaluation.evaluate",
     "reproduce.sh": "study.main",
+}
+PYTHON_SCRIPTS = {
+    "scripts.predict": ("common.prediction.main",),
+    "scripts.merge_adapter": ("common.models.merging",),
+    "scripts.plan": ("step1_sft.main", "step2_token_reward.main", "step3_tppo.main"),
 }
 _ALWAYS = {"config", "debug", "help"}
 # What `launch` in scripts/environment.sh takes out of the flags, and torchrun's and deepspeed's own.
@@ -43,6 +49,9 @@ def config_of(module: str) -> type | None:
 @cache
 def flags_of(module: str) -> set[str]:
     """The flags that a module takes, without dashes."""
+    if module in PYTHON_SCRIPTS:
+        own = set(re.findall(r'"--(\w+)"', source(module)))
+        return own.union(*map(flags_of, PYTHON_SCRIPTS[module]))
     config = config_of(module)
     if config is None:
         switches = re.findall(r"read_switches\(__doc__, (\w+)=", source(module))

@@ -224,7 +224,7 @@ def run_callbacks(
 
 
 def _reads_universal(args: TrainingArguments) -> bool:
-    return args.hf_deepspeed_config is not None and args.hf_deepspeed_config.config.get("checkpoint") == _UNIVERSAL
+    return args.deepspeed is not None and args.hf_deepspeed_config.config.get("checkpoint") == _UNIVERSAL
 
 
 def _sequences_a_step(args: TrainingArguments) -> int:

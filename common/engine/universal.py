@@ -45,7 +45,7 @@ def main() -> None:
     written = convert(Path(config.checkpoint), config.workers)
     names = ", ".join(path.name for path in written)
     print(
-        f"{config.checkpoint}: {names}\nnext: the run's own command with --resume, on any number of ranks "
+        f"{config.checkpoint}: {names}\nnext: repeat the command of the run with --resume, on any number of ranks "
         "(steps 1 and 2: with as many sequences an optimiser step)",
         flush=True,
     )

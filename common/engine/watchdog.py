@@ -1,7 +1,5 @@
 """A rank that hangs brings the job down within a set time, and says which rank it was and what it was doing.
 
-    python -m common.engine.watchdog OUTPUT_DIR SINCE      which ranks ended without a word (scripts/environment.sh)
-
 Each rank tells its phase in a small file of its own (`heartbeat/rank3.json`); a thread beside the work keeps that file
 fresh and looks at the clock. A rank that is stopped or gone gives no sign of life; one that waits in a collective
 lives, but its phase grows old. A rank that leaves in good order, or by an error that it reports itself, says so there.
@@ -130,8 +128,3 @@ def _read(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-
-
-if __name__ == "__main__":
-    if found := silent_ends(sys.argv[1], float(sys.argv[2])):
-        print(found, file=sys.stderr, flush=True)
