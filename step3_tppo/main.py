@@ -96,7 +96,7 @@ def report(config: Step3Config, seconds: float) -> None:
         f"  checkpoints   {folder / 'checkpoints'}\n"
         f"  metrics       {folder / 'metrics.jsonl'}\n"
         f"  TensorBoard   tensorboard --logdir {folder}\n"
-        "next: bash scripts/evaluate.sh",
+        f"next: python scripts/predict.py --model {folder / 'model'} (a dialogue), or bash scripts/evaluate.sh",
         flush=True,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,18 @@ def test_responses_and_scores_are_those_of_the_models_called_directly(
 def test_scores_do_not_depend_on_the_batch(predictor: Predictor) -> None:
     for one, all_ in zip(predict(predictor, GREEDY, 1), predict(predictor, GREEDY, 9), strict=True):
         assert one.query_scores == pytest.approx(all_.query_scores, abs=1e-5)
+
+
+def test_words_that_the_reward_model_cannot_see_are_counted(
+    predictor: Predictor, reward_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scorer = load_token_reward_scorer(str(reward_folder), ModelOptions())
+    scorer.encoder.options = replace(scorer.encoder.options, max_response_tokens=2)
+    short_sighted = Predictor(predictor.model, predictor.prompts, scorer)
+    unseen = scorer.score(HISTORIES, ["\n".join(queries) for queries in LEARNT]).missing
+    assert unseen > 0
+    predict(short_sighted, GREEDY)
+    assert f"note: {unseen} words score 0" in capsys.readouterr().err
 
 
 def test_scores_by_hand_where_lines_are_blank_or_too_many() -> None:
