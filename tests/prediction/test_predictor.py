@@ -13,6 +13,7 @@ from common.errors import InputError
 from common.generation.generate import generate_responses
 from common.generation.sampling import Sampling
 from common.models.loading import load_causal_lm, load_tokenizer
+from common.models.merging import merge
 from common.models.token_reward import load_token_reward_scorer
 from common.prediction.predictor import Prediction, Predictor, first_queries, load_predictor, scored_prediction
 from common.text import split_queries, split_words
@@ -36,9 +37,11 @@ def test_greedy_queries_are_those_that_were_learnt(predictor: Predictor) -> None
     assert all(prediction.finished for prediction in predictions)
 
 
-def test_a_merged_lora_model_predicts_like_any_other(tmp_path: Path) -> None:
-    folder = export_learnt_model(tmp_path / "model", lora=True)
-    assert (folder / "adapter").is_dir()
+@pytest.mark.parametrize("merged_by", ["export", "command"])
+def test_a_merged_lora_model_predicts_like_any_other(model_folder: Path, tmp_path: Path, merged_by: str) -> None:
+    folder = export_learnt_model(tmp_path / "model", adapt=model_folder)
+    if merged_by == "command":
+        folder = merge(folder / "adapter", str(model_folder), tmp_path / "merged")
     predictor = load_predictor(str(folder), load_prompt_settings(folder), 32, "", ModelOptions())
     predictions = predict(predictor, GREEDY)
     assert predictions == [Prediction(queries, True) for queries in OTHERS]
