@@ -42,7 +42,10 @@ def config_of(module: str) -> type | None:
 
 @cache
 def flags_of(module: str) -> set[str]:
-    """The flags that a module takes, without dashes."""
+    """The flags that a module takes, without dashes; those of its command where it is a script that only starts one."""
+    started = re.search(r"^from ([\w.]+) import main$", source(module), re.MULTILINE)
+    if started:
+        return flags_of(started[1])
     config = config_of(module)
     if config is None:
         switches = re.findall(r"read_switches\(__doc__, (\w+)=", source(module))
