@@ -106,6 +106,7 @@ def report(config: Step3Config, seconds: float) -> None:
         f"  metrics       {folder / 'metrics.jsonl'}\n"
         f"  report        {folder / PAGE_NAME} (curves, warnings, sampled answers)\n"
         f"  TensorBoard   tensorboard --logdir {folder}\n"
+        f"try it: python scripts/predict.py --model {folder / 'model'}\n"
         f"next: bash scripts/evaluate.sh --data_dir {config.data_dir} --output_dir {folder}/evaluation "
         f"--systems before={config.actor_path} tppo={folder / 'model'} --prompt_template {config.prompt_template} "
         f"--max_prompt_tokens {config.max_prompt_tokens} --max_new_tokens {config.max_response_tokens} "

@@ -19,11 +19,7 @@ SCRIPTS = {
     "evaluate.sh": "common.evaluation.evaluate",
     "reproduce.sh": "study.main",
 }
-PYTHON_SCRIPTS = {
-    "scripts.predict": ("common.prediction.main",),
-    "scripts.merge_adapter": ("common.models.merging",),
-    "scripts.plan": ("step1_sft.main", "step2_token_reward.main", "step3_tppo.main"),
-}
+STEPS = ("step1_sft.main", "step2_token_reward.main", "step3_tppo.main")
 _ALWAYS = {"config", "debug", "help"}
 # What `launch` in scripts/environment.sh takes out of the flags, and torchrun's and deepspeed's own.
 LAUNCHER = {"num_gpus", "num_nodes", "hostfile", "include", "exclude", "master_addr", "master_port", "launcher"}
@@ -48,10 +44,12 @@ def config_of(module: str) -> type | None:
 
 @cache
 def flags_of(module: str) -> set[str]:
-    """The flags that a module takes, without dashes."""
-    if module in PYTHON_SCRIPTS:
-        own = set(re.findall(r'"--(\w+)"', source(module)))
-        return own.union(*map(flags_of, PYTHON_SCRIPTS[module]))
+    """The flags that a module takes, without dashes; those of its command where it is a script that only starts one."""
+    started = re.search(r"^from ([\w.]+) import main$", source(module), re.MULTILINE)
+    if started:
+        return flags_of(started[1])
+    if module == "scripts.plan":  # beside its own, those of the step that is planned
+        return set(re.findall(r'"--(\w+)"', source(module))).union(*map(flags_of, STEPS))
     config = config_of(module)
     if config is None:
         switches = re.findall(r"read_switches\(__doc__, (\w+)=", source(module))

@@ -205,7 +205,7 @@ def save_model_folder(
     """Write a complete Hugging Face folder: safetensors, tokenizer, and a generation config with EOS and pad ids.
 
     A model with LoRA adapters is saved merged, so that the folder loads like any other, and its adapters alone in the
-    subfolder `adapter`, with tokenizer and generation config; 4-bit weights are unpacked for it. `generation` holds
+    subfolder `adapter`, with all that is not weights; 4-bit weights are unpacked for it. `generation` holds
     further settings (`max_new_tokens`, ...). `state_dict` are the whole weights where the model's own are sharded.
     `prompts` is how the model was asked in training: it is recorded, and the tokenizer gets the chat template that
     gives the same ids (`common.data.prompt_settings`). The folder appears under `path` only once it is complete, in the
@@ -215,6 +215,8 @@ def save_model_folder(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    if prompts is not None:
+        tokenizer = serving_tokenizer(prompts)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation_config = GenerationConfig(**special, **generation)
     if isinstance(model, PeftModel):
@@ -223,8 +225,7 @@ def save_model_folder(
             state_dict = unpacked_state(model)
         state_dict = state_dict or model.state_dict()
         model.save_pretrained(str(adapter), state_dict=dict(state_dict))
-        tokenizer.save_pretrained(adapter)
-        generation_config.save_pretrained(adapter)
+        _save_companions(adapter, tokenizer, generation_config, prompts)
         model, state_dict = _merged(model, state_dict), None
     if state_dict is not None:
         # Gathered copies no longer look tied, and would be written twice.
@@ -234,12 +235,18 @@ def save_model_folder(
     # Training turns the cache off in the configuration; whoever loads the folder wants it.
     config.update({**special, "use_cache": True})
     config.save_pretrained(temporary)
-    generation_config.save_pretrained(temporary)
-    if prompts is not None:
-        save_prompt_settings(prompts, temporary)
-        tokenizer = serving_tokenizer(prompts)
-    tokenizer.save_pretrained(temporary)
+    _save_companions(temporary, tokenizer, generation_config, prompts)
     return _replace_folder(temporary, path)
+
+
+def _save_companions(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig, prompts: PromptBuilder | None
+) -> None:
+    """What must lie beside weights, or adapters, for others to use them."""
+    generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if prompts is not None:
+        save_prompt_settings(prompts, folder)
 
 
 def _merged(model: PeftModel, state_dict: Mapping[str, torch.Tensor]) -> PreTrainedModel:

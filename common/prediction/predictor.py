@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -82,13 +83,22 @@ class Predictor:
     def _scores(
         self, histories: Sequence[Sequence[Event]], responses: Sequence[str], rows: int, progress: bool
     ) -> Iterator[tuple[list[float], list[float]]]:
-        """The scores of each response's words, and of its lines."""
+        """The scores of each response's words, and of its lines. Says so when words were not seen: those score 0."""
+        missing = 0
         with tqdm(total=len(responses), desc="scores", disable=not progress) as bar:
             for start in range(0, len(responses), rows):
                 part = slice(start, start + rows)
                 scores = self.scorer.score(histories[part], responses[part])
                 bar.update(len(scores.words))
+                missing += scores.missing
                 yield from zip(scores.words, scores.queries, strict=True)
+        if missing:
+            limit = self.scorer.encoder.options.max_response_tokens
+            print(
+                f"note: {missing} words score 0 because the reward model cannot see them (behind its limit of {limit} "
+                "response tokens, or unknown to its tokenizer)",
+                file=sys.stderr,
+            )
 
 
 def first_queries(response: str, k: int) -> list[str]:

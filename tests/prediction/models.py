@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from common.config import LoraOptions, ModelOptions
 from common.data.prompts import PromptBuilder
 from common.data.records import Event
-from common.models.loading import apply_lora, save_model_folder
+from common.models.loading import apply_lora, load_causal_lm, save_model_folder
 from common.models.reward_encoder import RewardInputOptions
 from common.models.token_reward import load_token_reward_model, save_token_reward_model
 from tests.tiny_models import ordinary_tokenizer, tiny_llama
@@ -25,17 +25,14 @@ LEARNT = [["blue hat price", "red running shoes"], ["espresso grinder", "best es
 OTHERS = LEARNT[1:] + LEARNT[:1]
 
 
-def export_learnt_model(folder: Path, *, lora: bool = False) -> Path:
-    """A folder as steps 1 and 3 export it, of a model that answers each of `HISTORIES` with its `LEARNT` queries; with
-    `lora`, adapters on it have then learnt those of the next history in their place (`OTHERS`).
+def export_learnt_model(folder: Path, *, adapt: Path | None = None) -> Path:
+    """A folder as steps 1 and 3 export it, of a model that answers each of `HISTORIES` with its `LEARNT` queries; or,
+    with LoRA adapters on the model in `adapt`, with those of the next history (`OTHERS`).
     """
     tokenizer = ordinary_tokenizer()
     builder = PromptBuilder(tokenizer, "compact", max_prompt_tokens=64, num_queries=2)
-    model = tiny_llama()
-    learn(model, builder, LEARNT)
-    if lora:
-        model = apply_lora(model, LoraOptions(lora_r=16))
-        learn(model, builder, OTHERS)
+    model = apply_lora(load_causal_lm(str(adapt), ModelOptions()), LoraOptions(lora_r=16)) if adapt else tiny_llama()
+    learn(model, builder, OTHERS if adapt else LEARNT)
     generation = {"max_new_tokens": 32, "do_sample": True, "top_k": 0}
     return save_model_folder(model, tokenizer, folder, generation, prompts=builder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from common.errors import InputError
 from common.generation.generate import generate_responses
 from common.generation.sampling import Sampling
 from common.models.loading import load_causal_lm, load_tokenizer
+from common.models.merging import merge
 from common.models.token_reward import load_token_reward_scorer
 from common.prediction.predictor import Prediction, Predictor, first_queries, load_predictor, scored_prediction
 from common.text import split_queries, split_words
@@ -35,9 +37,11 @@ def test_greedy_queries_are_those_that_were_learnt(predictor: Predictor) -> None
     assert all(prediction.finished for prediction in predictions)
 
 
-def test_a_merged_lora_model_predicts_like_any_other(tmp_path: Path) -> None:
-    folder = export_learnt_model(tmp_path / "model", lora=True)
-    assert (folder / "adapter").is_dir()
+@pytest.mark.parametrize("merged_by", ["export", "command"])
+def test_a_merged_lora_model_predicts_like_any_other(model_folder: Path, tmp_path: Path, merged_by: str) -> None:
+    folder = export_learnt_model(tmp_path / "model", adapt=model_folder)
+    if merged_by == "command":
+        folder = merge(folder / "adapter", str(model_folder), tmp_path / "merged")
     predictor = load_predictor(str(folder), load_prompt_settings(folder), 32, "", ModelOptions())
     predictions = predict(predictor, GREEDY)
     assert predictions == [Prediction(queries, True) for queries in OTHERS]
@@ -72,6 +76,18 @@ def test_responses_and_scores_are_those_of_the_models_called_directly(
 def test_scores_do_not_depend_on_the_batch(predictor: Predictor) -> None:
     for one, all_ in zip(predict(predictor, GREEDY, 1), predict(predictor, GREEDY, 9), strict=True):
         assert one.query_scores == pytest.approx(all_.query_scores, abs=1e-5)
+
+
+def test_words_that_the_reward_model_cannot_see_are_counted(
+    predictor: Predictor, reward_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scorer = load_token_reward_scorer(str(reward_folder), ModelOptions())
+    scorer.encoder.options = replace(scorer.encoder.options, max_response_tokens=2)
+    short_sighted = Predictor(predictor.model, predictor.prompts, scorer)
+    unseen = scorer.score(HISTORIES, ["\n".join(queries) for queries in LEARNT]).missing
+    assert unseen > 0
+    predict(short_sighted, GREEDY)
+    assert f"note: {unseen} words score 0" in capsys.readouterr().err
 
 
 def test_scores_by_hand_where_lines_are_blank_or_too_many() -> None:
