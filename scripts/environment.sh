@@ -42,6 +42,7 @@ use_cpu_ranks_without_gpu() {
 # goes to SCRIPT. On CPU ranks two processes are started unless --num_gpus says otherwise.
 launch() {
     local script="$1"; shift
+    case " $* " in *" --help "*|*" -h "*) python "$script" --help; return ;; esac # once, not once a rank
     local launcher=() flags=() placed=""
     while [ $# -gt 0 ]; do
         case "$1" in
@@ -86,7 +87,7 @@ remote_environment() {
     local file name
     file="$(mktemp)"
     for name in DS_ACCELERATOR OMP_NUM_THREADS TOKENIZERS_PARALLELISM GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME \
-        NCCL_DEBUG NCCL_IB_DISABLE HF_HOME HF_HUB_OFFLINE; do
+        NCCL_DEBUG NCCL_IB_DISABLE HF_HOME HF_HUB_OFFLINE TPPO_DEBUG; do
         [ -z "${!name:-}" ] || echo "$name=${!name}" >> "$file"
     done
     echo "$file"

@@ -44,7 +44,10 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if error is not None:
+            name, step, _ = self._phase
+            error.add_note(f"in {name} of step {step}")  # common.errors shows it
         self._ended.set()
         if self._thread is not None:
             self._thread.join()

@@ -89,7 +89,7 @@ def test_a_rank_that_dies_ends_the_job_on_both_hosts(hosts: Hosts, inputs: Path,
     flags = step3_flags(inputs, output, "--total_steps", "500", "--save_steps", "500")
     script = (
         "source scripts/environment.sh; use_cpu_ranks_without_gpu; "
-        'launch tests/step3/killed_main.py --hostfile "$0" SIGKILL step 3 1 "$@"'
+        'launch tests/distributed/killed_main.py --hostfile "$0" step3_tppo.main SIGKILL step 3 1 "$@"'
     )
     begun = time.monotonic()
     ended = subprocess.run(

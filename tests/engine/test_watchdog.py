@@ -55,7 +55,7 @@ def test_a_stopped_rank_ends_the_job_and_is_named_by_the_others(tmp_path: Path) 
     """SIGSTOP stands for a machine that hangs. The launcher waits half a minute before it kills what it cannot end."""
     launch = command(write_inputs(tmp_path / "inputs"), tmp_path / "run", "--hang_timeout", "5")
     script = launch.index("step3_tppo/main.py")
-    launch[script : script + 1] = ["tests/step3/killed_main.py", "SIGSTOP", "update", "3", "1"]
+    launch[script : script + 1] = ["tests/distributed/killed_main.py", "step3_tppo.main", "SIGSTOP", "update", "3", "1"]
     ended = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=200)
     assert ended.returncode == HUNG, ended.stderr[-2000:]
     assert "rank 1: no sign of life for" in ended.stderr and "in update of step 2" in ended.stderr

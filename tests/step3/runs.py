@@ -66,10 +66,10 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(inputs: Path, output: Path, *flags: str) -> list[tuple[int, str]]:
-    """The command on two ranks of the pool, which have imported everything; exit status and standard error of each."""
+def run(inputs: Path, output: Path, *flags: str, ranks: int = 2) -> list[tuple[int, str]]:
+    """The command on ranks of the pool, which have imported everything; exit status and standard error of each."""
     argv = command(inputs, output, *flags)
-    return run_on_ranks(run_main, 2, argv[argv.index("step3_tppo/main.py") :])
+    return run_on_ranks(run_main, ranks, argv[argv.index("step3_tppo/main.py") :])
 
 
 def run_main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
