@@ -14,6 +14,7 @@ from common.tracking import read_metrics
 STEP1, STEP2, STEP3 = "step1_sft", "step2_token_reward/reward", "step3_tppo"
 METRICS_NAME = "metrics.jsonl"
 EVALUATION_NAME = "report.json"
+ALONE_EVALUATION_NAME = "evaluation/report.json"  # where step 3's last words have scripts/evaluate.sh write
 
 Rows = list[dict[str, Any]]
 
@@ -57,16 +58,17 @@ def read_run(path: str | Path) -> RunFolder:
         return read_metrics(file) if found(file, what) else []
 
     if alone:
-        missing.append("steps 1 and 2 and held-out users: this is a page on step 3 alone; --run takes a whole run too")
-    samples, evaluation, config = step3 / SAMPLES_NAME, path / EVALUATION_NAME, step3 / RUN_CONFIG_NAME
+        missing.append("steps 1 and 2: this is a page on step 3 alone; --run takes a whole run too")
+    samples, config = step3 / SAMPLES_NAME, step3 / RUN_CONFIG_NAME
+    evaluation = path / (ALONE_EVALUATION_NAME if alone else EVALUATION_NAME)
     return RunFolder(
         path=path,
         step1=[] if alone else metrics(path / STEP1, "step 1's metrics"),
         step2=[] if alone else metrics(path / STEP2, "step 2's metrics"),
         step3=metrics(step3, "step 3's metrics"),
         samples=read_samples(samples) if found(samples, "sampled responses of step 3") else [],
-        evaluation=None if alone or not found(evaluation, "the comparison on held-out users, by scripts/evaluate.sh")
-        else read_json(evaluation),
+        evaluation=read_json(evaluation)
+        if found(evaluation, "the comparison on held-out users, by scripts/evaluate.sh") else None,
         settings=read_json(config) if found(config, "step 3's settings") else None,
         missing=missing,
     )  # fmt: skip

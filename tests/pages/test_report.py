@@ -24,6 +24,7 @@ from tests.pages.html_pages import Page, assert_harmless
 from tests.pages.test_findings import rows
 
 SETTINGS = {"reward_path": "reward", "monitor": "lexical", "kl_coef": 0.08, "data_dir": HOSTILE.replace("\ud800", "")}
+EVALUATION = make_report() | {"settings": {"reward_annotator": "lexical"}}
 
 
 def write_step3(folder: Path, **last: float) -> None:
@@ -46,8 +47,7 @@ def write_run(folder: Path, **last: float) -> Path:
     write_step3(folder / "step3_tppo", **last)
     write_jsonl(folder / "step1_sft" / "metrics.jsonl", [{"step": 1, "loss": 3.0}, {"step": 2, "eval_loss": 2.0}])
     write_jsonl(folder / "step2_token_reward" / "reward" / "metrics.jsonl", [{"step": 6, "eval_word_auc": 0.8}])
-    evaluation = make_report() | {"settings": {"reward_annotator": "lexical"}}
-    write_json(folder / "report.json", evaluation)
+    write_json(folder / "report.json", EVALUATION)
     return folder
 
 
@@ -75,6 +75,10 @@ def test_step_3_alone_says_so(tmp_path: Path) -> None:
     page = page_of(tmp_path / "alone")
     assert "this is a page on step 3 alone" in page.text
     assert "Nothing found" in page.text and "Held-out users" not in page.text
+    assert "the comparison on held-out users, by scripts/evaluate.sh" in page.text
+    write_json(tmp_path / "alone" / "evaluation" / "report.json", EVALUATION)
+    page = page_of(tmp_path / "alone")
+    assert "Held-out users" in page.text and "by scripts/evaluate.sh" not in page.text
 
 
 @pytest.mark.parametrize(
