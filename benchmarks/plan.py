@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
     family: str
     sizes: dict[str, int]
-    shape: Shape = Shape(4, 2, 384, 48)
+    shape: Shape = Shape(4, 2, 128, 16)
     settings: dict[str, Any] | None = None
     zero: dict[str, float] | None = None
 
@@ -62,8 +62,10 @@ class Case(NamedTuple):
 _WIDE = {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 2048}
 CASES = {
     "llama": Case("llama", _WIDE),
-    "llama_checkpointing": Case("llama", _WIDE, Shape(8, 2, 384, 48), {"gradient_checkpointing": True}),
-    "llama_long_prompts_bf16": Case("llama", _WIDE, Shape(2, 4, 900, 24), {"dtype": "bf16", "micro_batch_size": 2}),
+    "llama_checkpointing": Case("llama", _WIDE, Shape(4, 4, 128, 16), {"gradient_checkpointing": True}),
+    "llama_long_prompts_bf16": Case(
+        "llama", _WIDE | {"num_hidden_layers": 3}, Shape(2, 2, 480, 16), {"dtype": "bf16", "micro_batch_size": 2}
+    ),
     "qwen3_lora_large_vocabulary": Case(
         "qwen3", _WIDE | {"vocab_size": 24_000, "num_key_value_heads": 4, "head_dim": 64}, settings={"lora_r": 16}
     ),

@@ -70,7 +70,7 @@ class Step3Plan:
         zero = f"ZeRO-{config.zero_stage}" if not config.deepspeed_config else config.deepspeed_config
         kind = "GPUs" if machine.cuda else "CPU ranks"
         return Plan(
-            f"step 3 on {machine.ranks} {kind}, {zero}, {config.dtype}, GiB of each at the highest point of a phase",
+            f"step 3 on {machine.ranks} {kind}, {zero}, {config.dtype}: what each holds at most in each phase",
             machine,
             [
                 self._load(), self._generation(), *self._scoring(), self._update("critic update", self._critic),

@@ -40,7 +40,7 @@ def plan_trainer(
     seconds = config.gradient_accumulation_steps * update.flops / machine.flops
     return Plan(
         f"{name} on {machine.ranks} {'GPUs' if machine.cuda else 'CPU ranks'}, ZeRO-{int(sharding.zero.stage)}, "
-        f"{config.dtype}, GiB of each at the highest point of a phase",
+        f"{config.dtype}: what each holds at most in each phase",
         machine,
         [
             Phase("load", rest | {"gathered": largest}),
