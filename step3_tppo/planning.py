@@ -112,8 +112,15 @@ class Step3Plan:
         }
 
     def _load(self) -> Phase:
-        largest = max(model.weights.largest_module * model.weights.itemsize for model in self._models)
-        return Phase("load", self._rest(in_rollout=False) | {"gathered": largest if self._sharded else 0})
+        """Before the first step there are no moments, and CPU ranks have not written to what gradients will fill; but
+        they read one model's whole weights before they shard them."""
+        cuda, models = self._machine.cuda, self._models
+        parts = self._rest(in_rollout=False)
+        parts["optimiser"] = sum(m.sharding.masters(m.weights) for m in (self._actor, self._critic))
+        if not cuda:
+            parts |= {"gradients": 0, "buckets": 0}
+        sizes = ((m.weights.largest_module if cuda else m.weights.total) * m.weights.itemsize for m in models)
+        return Phase("load", parts | {"gathered": max(sizes) if self._sharded else 0})
 
     def _generation(self) -> Phase:
         config, machine, actor = self._config, self._machine, self._actor
@@ -180,14 +187,12 @@ class Step3Plan:
         return Phase("optimiser step", parts)
 
     def _export(self) -> Phase:
-        """Rank 0 collects whole weights in host memory, which CPU ranks have nothing else of."""
+        """Rank 0 collects whole weights in host memory, which is all that CPU ranks have, and once more to write."""
         parts = self._rest(in_rollout=False)
         trained = (self._actor, self._critic)
         if self._sharded:
-            parts["gathered"] = max(
-                (model.weights.largest_module if self._machine.cuda else model.weights.total) * model.weights.itemsize
-                for model in trained
-            )
+            weights, cuda = [model.weights for model in trained], self._machine.cuda
+            parts["gathered"] = max((w.largest_module if cuda else 2 * w.total) * w.itemsize for w in weights)
         return Phase("export", parts)
 
     def _rows(self, size: int, tokens: int) -> Rows:

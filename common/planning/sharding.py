@@ -51,12 +51,15 @@ class Sharding:
         persistent = sum(size for size in sizes if self._persists(size)) if self.ranks > 1 else 0
         return (shards + persistent) * model.itemsize
 
+    def masters(self, model: Weights) -> int:
+        """Of fp32 master weights, which ZeRO makes also of fp32 weights."""
+        needed = int(self.zero.stage) > 0 or model.itemsize < MASTER
+        return MASTER * self.owned(model) if needed and not self._on_host(self.zero.offload_optimizer) else 0
+
     def optimizer(self, model: Weights) -> int:
-        """Of fp32 master weights and Adam's moments."""
-        if self._on_host(self.zero.offload_optimizer):
-            return 0
-        masters = MASTER if int(self.zero.stage) > 0 or model.itemsize < MASTER else 0
-        return (masters + MOMENTS) * self.owned(model)
+        """Of fp32 master weights and Adam's moments, which the first step makes."""
+        moments = 0 if self._on_host(self.zero.offload_optimizer) else MOMENTS * self.owned(model)
+        return self.masters(model) + moments
 
     def gradients(self, model: Weights) -> int:
         """Of gradients, from one micro-batch to the next."""

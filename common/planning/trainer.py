@@ -28,7 +28,7 @@ def plan_trainer(
     }
     gradients = {"gradients": sharding.gradients(weights)}
     largest = weights.largest_module * weights.itemsize if kept else 0
-    whole = largest if machine.cuda or not kept else weights.total * weights.itemsize
+    whole = weights.total * weights.itemsize if kept and not machine.cuda else 0
     early, reduction = sharding.reduces_early(weights), sharding.reduction(weights)
     training = gradients | {
         "buckets": sharding.buckets(weights) + (reduction if early else 0),
@@ -43,11 +43,12 @@ def plan_trainer(
         f"{config.dtype}: what each holds at most in each phase",
         machine,
         [
-            Phase("load", rest | {"gathered": largest}),
+            # No moments yet; CPU ranks read whole weights before they shard them, and write them twice: see step 3.
+            Phase("load", rest | {"optimiser": sharding.masters(weights), "gathered": whole or largest}),
             Phase("forward, backward", rest | training, seconds),
             Phase("optimiser step", rest | step),
             Phase("evaluation", rest | evaluating),
-            Phase("export", rest | {"gathered": whole}),
+            Phase("export", rest | {"gathered": 2 * whole or largest}),
         ],
         updates=config.max_steps,
         host=sharding.host(weights),
