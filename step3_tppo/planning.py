@@ -112,14 +112,15 @@ class Step3Plan:
         }
 
     def _load(self) -> Phase:
-        """Before the first step there are no moments, and CPU ranks have not written to what gradients will fill; but
-        they read one model's whole weights before they shard them."""
-        cuda, models = self._machine.cuda, self._models
-        parts = self._rest(in_rollout=False)
-        parts["optimiser"] = sum(m.sharding.masters(m.weights) for m in (self._actor, self._critic))
-        if not cuda:
-            parts |= {"gradients": 0, "buckets": 0}
-        sizes = ((m.weights.largest_module if cuda else m.weights.total) * m.weights.itemsize for m in models)
+        """Before the first step there are no moments. CPU ranks hold most while they read a model, whole and twice,
+        before any engine is made."""
+        models, parts = self._models, self._rest(in_rollout=False)
+        if self._machine.cuda:
+            parts["optimiser"] = sum(m.sharding.masters(m.weights) for m in (self._actor, self._critic))
+            sizes = (model.weights.largest_module * model.weights.itemsize for model in models)
+        else:
+            parts = {"weights": parts["weights"]}
+            sizes = (2 * model.weights.total * model.weights.itemsize for model in models)
         return Phase("load", parts | {"gathered": max(sizes) if self._sharded else 0})
 
     def _generation(self) -> Phase:

@@ -43,8 +43,8 @@ def plan_trainer(
         f"{config.dtype}: what each holds at most in each phase",
         machine,
         [
-            # No moments yet; CPU ranks read whole weights before they shard them, and write them twice: see step 3.
-            Phase("load", rest | {"optimiser": sharding.masters(weights), "gathered": whole or largest}),
+            # No moments yet; CPU ranks hold whole weights twice while they read and while they write: see step 3.
+            Phase("load", rest | {"optimiser": sharding.masters(weights), "gathered": 2 * whole or largest}),
             Phase("forward, backward", rest | training, seconds),
             Phase("optimiser step", rest | step),
             Phase("evaluation", rest | evaluating),
