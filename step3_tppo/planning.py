@@ -19,7 +19,7 @@ from common.models.token_reward import SETTINGS_NAME
 from common.planning.advice import Change, advice_line, advise, common_changes, halvings, last_changes, slow_changes
 from common.planning.models import ModelSpec, Weights, meta_model, weights_of
 from common.planning.passes import Pass, Rows, classifier_pass, decoding, scoring_pass, update_pass
-from common.planning.plan import Machine, Phase, Plan
+from common.planning.plan import Machine, Phase, Plan, shown
 from common.planning.sharding import Sharding
 from step3_tppo.config import Step3Config
 
@@ -78,8 +78,18 @@ class Step3Plan:
             ],
             updates=config.total_steps,
             host=sum(model.sharding.host(model.weights) for model in self._models),
-            notes=[f"weights in the rollout: {self._weights_mode} (--hybrid_weights)"] if self._sharded else [],
+            notes=self._notes(),
         )
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self._sharded:
+            slow = ", each layer at every token, which the seconds leave out" if self._weights_mode == "sharded" else ""
+            notes.append(f"weights in the rollout: {self._weights_mode}{slow} (--hybrid_weights)")
+        if self._config.lora_r:
+            size = self._critic.sharding.optimizer(self._critic.weights)
+            notes.append(f"the critic is trained whole; its states take {shown(size)}: --critic_path may be smaller")
+        return notes
 
     @property
     def _sharded(self) -> bool:

@@ -84,7 +84,7 @@ def test_the_rollouts_weights_are_chosen_by_the_rule_of_the_hybrid_engine(tiny: 
     )
     rest = sum(next(phase for phase in roomy.phases if phase.name == "load").parts.values())
     assert mode_that_fits(gathered["gathered"], gathered["KV cache"], 10 * GIB - rest) == "gathered"
-    assert "gathered (" in roomy.notes[0] and "sharded (" in cramped.notes[0]
+    assert "gathered (" in roomy.notes[0] and "sharded, each layer" in cramped.notes[0]
     assert sharded["weights"] == gathered["weights"]
 
 
