@@ -68,9 +68,6 @@ _WIDE = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "
 CASES = {
     "llama": Case("llama", _WIDE),
     "llama_checkpointing": Case("llama", _WIDE, Shape(4, 4, 256, 8), {"gradient_checkpointing": True}),
-    "llama_long_prompts_bf16": Case(
-        "llama", _WIDE, Shape(2, 2, 480, 8), {"dtype": "bf16", "micro_batch_size": 2}
-    ),
     "qwen3_lora_large_vocabulary": Case(
         "qwen3", _WIDE | {"vocab_size": 16_000, "num_key_value_heads": 4, "head_dim": 64}, settings={"lora_r": 16}
     ),

@@ -122,16 +122,14 @@ class Step3Plan:
         }
 
     def _load(self) -> Phase:
-        """Before the first step there are no moments. CPU ranks hold most while they read a model, whole and twice,
-        before any engine is made."""
-        models, parts = self._models, self._rest(in_rollout=False)
+        """Before the first step there are no moments. CPU ranks hold most while they read a model, before any engine is
+        made."""
+        parts = self._rest(in_rollout=False)
         if self._machine.cuda:
             parts["optimiser"] = sum(m.sharding.masters(m.weights) for m in (self._actor, self._critic))
-            sizes = (model.weights.largest_module * model.weights.itemsize for model in models)
         else:
             parts = {"weights": parts["weights"]}
-            sizes = (2 * model.weights.total * model.weights.itemsize for model in models)
-        return Phase("load", parts | {"gathered": max(sizes) if self._sharded else 0})
+        return Phase("load", parts | {"gathered": max(m.sharding.on_file(m.weights) for m in self._models)})
 
     def _generation(self) -> Phase:
         config, machine, actor = self._config, self._machine, self._actor
@@ -198,13 +196,9 @@ class Step3Plan:
         return Phase("optimiser step", parts)
 
     def _export(self) -> Phase:
-        """Rank 0 collects whole weights in host memory, which is all that CPU ranks have, and once more to write."""
-        parts = self._rest(in_rollout=False)
-        trained = (self._actor, self._critic)
-        if self._sharded:
-            weights, cuda = [model.weights for model in trained], self._machine.cuda
-            parts["gathered"] = max((w.largest_module if cuda else 2 * w.total) * w.itemsize for w in weights)
-        return Phase("export", parts)
+        """Rank 0 collects whole weights in host memory, which is all that CPU ranks have."""
+        largest = max(model.sharding.on_file(model.weights) for model in (self._actor, self._critic))
+        return Phase("export", self._rest(in_rollout=False) | {"gathered": largest})
 
     def _rows(self, size: int, tokens: int) -> Rows:
         """The largest block of responses of a pass."""

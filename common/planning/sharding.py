@@ -98,6 +98,13 @@ class Sharding:
             ahead * model.itemsize
         )
 
+    def on_file(self, model: Weights) -> int:
+        """That reading or writing a model's folder adds: on a GPU the module at hand. Host memory, which is what CPU
+        ranks have, holds the whole file, and under ZeRO-3 once more while it is sharded or collected (as measured)."""
+        if self.cuda:
+            return model.largest_module * model.itemsize if self.shards_weights else 0
+        return (2 if self.shards_weights else 1) * model.total * model.itemsize
+
     def step(self, model: Weights) -> int:
         """Of an optimiser step: the gradient in fp32 and what AdamW computes with, a sub-group at a time."""
         if self._on_host(self.zero.offload_optimizer) or not model.trained:

@@ -27,8 +27,6 @@ def plan_trainer(
         "buckets": sharding.buckets(weights) if kept else 0,
     }
     gradients = {"gradients": sharding.gradients(weights)}
-    largest = weights.largest_module * weights.itemsize if kept else 0
-    whole = weights.total * weights.itemsize if kept and not machine.cuda else 0
     early, reduction = sharding.reduces_early(weights), sharding.reduction(weights)
     training = gradients | {
         "buckets": sharding.buckets(weights) + (reduction if early else 0),
@@ -43,12 +41,11 @@ def plan_trainer(
         f"{config.dtype}: what each holds at most in each phase",
         machine,
         [
-            # No moments yet; CPU ranks hold whole weights twice while they read and while they write: see step 3.
-            Phase("load", rest | {"optimiser": sharding.masters(weights), "gathered": 2 * whole or largest}),
+            Phase("load", rest | {"optimiser": sharding.masters(weights), "gathered": sharding.on_file(weights)}),
             Phase("forward, backward", rest | training, seconds),
             Phase("optimiser step", rest | step),
             Phase("evaluation", rest | evaluating),
-            Phase("export", rest | {"gathered": 2 * whole or largest}),
+            Phase("export", rest | {"gathered": sharding.on_file(weights)}),
         ],
         updates=config.max_steps,
         host=sharding.host(weights),
