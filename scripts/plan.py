@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # a plan needs no GPU
 
 from common.config import parse_config
 from common.engine.memory import GIB
 from common.errors import InputError, run_command
 from common.planning.advice import Change, advice_text, advise
-from common.planning.plan import Machine, Plan
+from common.planning.plan import Machine, Plan, shown
 from common.planning.trainer import trainer_changes
 from step1_sft.config import SftConfig
 from step1_sft.planning import plan_step1
@@ -48,6 +48,7 @@ STEPS = {
     2: Step(Step2Config, plan_step2, trainer_changes, "model_name_or_path"),
     3: Step(Step3Config, plan_step3, step3_changes, "actor_path"),
 }
+LARGE_BUCKETS = 0.1  # of a GPU's memory
 ELSEWHERE = ("output_dir", "data_dir", "samples", "labels")  # a run needs them, a plan does not
 
 
@@ -69,12 +70,20 @@ def main() -> None:
     )
     plan = step.plan(config, machine)
     print(f"{plan.title}\n\n{plan.table()}\n\n{plan.summary()}\n{plan.time()}")
-    for note in plan.notes:
+    for note in (*plan.notes, *_note_on_buckets(plan)):
         print(note)
     if plan.host:
         print(f"host memory: {plan.host * options.gpus / GIB:.1f} GiB a node for what is offloaded")
     if plan.verdict != "fits":
         print(f"\n{advice_text(advise(config, machine, step.plan, step.changes(config, machine)))}")
+
+
+def _note_on_buckets(plan: Plan) -> list[str]:
+    """DeepSpeed's own buckets of half a billion gradients are large for a small GPU."""
+    size = max(phase.parts.get("buckets", 0) for phase in plan.phases)
+    if size < LARGE_BUCKETS * plan.machine.memory:
+        return []
+    return [f"gradients' buckets take {shown(size)}: set a smaller reduce_bucket_size in --deepspeed_config FILE.json"]
 
 
 def _complete(config: Any, model: str) -> Any:

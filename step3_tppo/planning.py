@@ -19,7 +19,7 @@ from common.models.token_reward import SETTINGS_NAME
 from common.planning.advice import Change, advice_line, advise, common_changes, halvings, last_changes, slow_changes
 from common.planning.models import ModelSpec, Weights, meta_model, weights_of
 from common.planning.passes import Pass, Rows, classifier_pass, decoding, scoring_pass, update_pass
-from common.planning.plan import Machine, Phase, Plan
+from common.planning.plan import Machine, Phase, Plan, shown
 from common.planning.sharding import Sharding
 from step3_tppo.config import Step3Config
 
@@ -70,7 +70,7 @@ class Step3Plan:
         zero = f"ZeRO-{config.zero_stage}" if not config.deepspeed_config else config.deepspeed_config
         kind = "GPUs" if machine.cuda else "CPU ranks"
         return Plan(
-            f"step 3 on {machine.ranks} {kind}, {zero}, {config.dtype}, GiB of each at the highest point of a phase",
+            f"step 3 on {machine.ranks} {kind}, {zero}, {config.dtype}: what each holds at most in each phase",
             machine,
             [
                 self._load(), self._generation(), *self._scoring(), self._update("critic update", self._critic),
@@ -78,8 +78,18 @@ class Step3Plan:
             ],
             updates=config.total_steps,
             host=sum(model.sharding.host(model.weights) for model in self._models),
-            notes=[f"weights in the rollout: {self._weights_mode} (--hybrid_weights)"] if self._sharded else [],
+            notes=self._notes(),
         )
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self._sharded:
+            slow = ", each layer at every token, which the seconds leave out" if self._weights_mode == "sharded" else ""
+            notes.append(f"weights in the rollout: {self._weights_mode}{slow} (--hybrid_weights)")
+        if self._config.lora_r:
+            size = self._critic.sharding.optimizer(self._critic.weights)
+            notes.append(f"the critic is trained whole; its states take {shown(size)}: --critic_path may be smaller")
+        return notes
 
     @property
     def _sharded(self) -> bool:
@@ -112,8 +122,14 @@ class Step3Plan:
         }
 
     def _load(self) -> Phase:
-        largest = max(model.weights.largest_module * model.weights.itemsize for model in self._models)
-        return Phase("load", self._rest(in_rollout=False) | {"gathered": largest if self._sharded else 0})
+        """Before the first step there are no moments. CPU ranks hold most while they read a model, before any engine is
+        made."""
+        parts = self._rest(in_rollout=False)
+        if self._machine.cuda:
+            parts["optimiser"] = sum(m.sharding.masters(m.weights) for m in (self._actor, self._critic))
+        else:
+            parts = {"weights": parts["weights"]}
+        return Phase("load", parts | {"gathered": max(m.sharding.on_file(m.weights) for m in self._models)})
 
     def _generation(self) -> Phase:
         config, machine, actor = self._config, self._machine, self._actor
@@ -180,15 +196,9 @@ class Step3Plan:
         return Phase("optimiser step", parts)
 
     def _export(self) -> Phase:
-        """Rank 0 collects whole weights in host memory, which CPU ranks have nothing else of."""
-        parts = self._rest(in_rollout=False)
-        trained = (self._actor, self._critic)
-        if self._sharded:
-            parts["gathered"] = max(
-                (model.weights.largest_module if self._machine.cuda else model.weights.total) * model.weights.itemsize
-                for model in trained
-            )
-        return Phase("export", parts)
+        """Rank 0 collects whole weights in host memory, which is all that CPU ranks have."""
+        largest = max(model.sharding.on_file(model.weights) for model in (self._actor, self._critic))
+        return Phase("export", self._rest(in_rollout=False) | {"gathered": largest})
 
     def _rows(self, size: int, tokens: int) -> Rows:
         """The largest block of responses of a pass."""

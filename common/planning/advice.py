@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from common.engine.memory import GIB
 from common.errors import InputError
-from common.planning.plan import Machine, Plan
+from common.planning.plan import Machine, Plan, shown
 
 Config = TypeVar("Config")
 RANKS = "ranks"  # in place of a setting: more GPUs
@@ -107,7 +106,7 @@ def advice_text(steps: Sequence[Step]) -> str:
         return "no setting known to the planner lowers the peak: take a smaller model or larger GPUs"
     width = max(len(step.flag) for step in steps)
     lines = [
-        f"  {number}. {step.flag.ljust(width)}  {step.plan.peak / GIB:.2f} GiB, {step.plan.verdict}; {step.cost}"
+        f"  {number}. {step.flag.ljust(width)}  {shown(step.plan.peak)}, {step.plan.verdict}; {step.cost}"
         for number, step in enumerate(steps, start=1)
     ]
     return "\n".join(["what to change, in this order, each on top of those before it:", *lines])
@@ -117,11 +116,12 @@ def advice_line(steps: Sequence[Step]) -> str:
     """The changes as a part of a paragraph."""
     if not steps:
         return "take a smaller model or larger GPUs"
-    parts = [f"{step.flag} ({step.plan.peak / GIB:.2f} GiB)" for step in steps]
+    parts = [f"{step.flag} ({shown(step.plan.peak)})" for step in steps]
     rest = "" if steps[-1].plan.verdict != "does not fit" else ", which is still too much"
     return f"add {', then '.join(parts)}{rest}"
 
 
 def _flag(setting: str, value: Any) -> str:
-    name = "gpus" if setting == RANKS else setting
-    return f"--{name} {str(value).lower() if isinstance(value, bool) else value}"
+    if setting == RANKS:
+        return f"{value} GPUs"
+    return f"--{setting} {str(value).lower() if isinstance(value, bool) else value}"

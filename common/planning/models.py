@@ -94,10 +94,10 @@ def meta_model(spec: ModelSpec) -> nn.Module:
         model.tie_weights()
         if spec.lora_r:
             model = apply_lora(model, LoraOptions(lora_r=spec.lora_r, lora_target_modules=spec.lora_target_modules))
+        if spec.gradient_checkpointing:
+            without_wrapper(model).activation_checkpointing_enable()
         if spec.kind == "value_model":
             model = ValueModel(model)
-    if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
     return model.to(dtype)
 
 

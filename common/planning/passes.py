@@ -11,6 +11,7 @@ import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import Tensor, nn
 
+from common.engine.memory import cache_bytes
 from common.generation.decode import PROMPT_TOKENS
 from common.generation.sampling import Sampling
 from common.generation.step import DecodeStep
@@ -114,15 +115,16 @@ def decoding(spec: ModelSpec, prompts: Rows, samples: int, limit: int) -> Decodi
     rows = min(max(limit or responses, samples), responses)
     count = min(prompts.rows, rows // samples, max(1, PROMPT_TOKENS // prompts.prompt))
     sampling = Sampling(prompts.response, 1.0, samples=samples)
+    columns = prompts.length - 1
+    cache = cache_bytes(model.config.get_text_config(), rows, columns, model.dtype)
     # A merged model is decoded: no adapters' passes. ZeRO-3's linear layer is off.
     with torch.no_grad(), _adapters_off(spec), PassTracker() as tracker:
         uniforms = torch.zeros(responses, prompts.response, device="meta")
-        step = DecodeStep(model, sampling, uniforms, rows, prompts.prompt + prompts.response - 1)
+        step = DecodeStep(model, sampling, uniforms, rows, columns)
         step.read([[0] * prompts.prompt] * count, samples, 0, list(range(count * samples)))
-        cache = sum(slab.nbytes for layer in step._cache.layers for slab in (layer.keys, layer.values))
         read = Pass(tracker.peak - cache, tracker.flops)
         tracker.peak, tracker.flops = tracker.held, 0.0
-        step.draw(rows, prompts.length - 1)
+        step.draw(rows, columns)
         draw = Pass(tracker.peak - cache, tracker.flops)
     waves = -(-responses // rows)
     return Decoding(cache, read, draw, -(-prompts.rows // count), waves * prompts.response)

@@ -8,6 +8,8 @@ from typing import Literal
 
 from common.engine.memory import GIB
 
+MIB = 2**20
+
 PARTS = ("weights", "gradients", "optimiser", "buckets", "gathered", "KV cache", "activations")
 # Of a device's memory, for what no plan knows: the CUDA context, NCCL, libraries' workspaces, fragments.
 MARGIN = 0.08
@@ -78,12 +80,13 @@ class Plan:
         return "fits" if self.peak <= (1 - MARGIN) * self.machine.memory else "is tight"
 
     def table(self) -> str:
-        """One row a phase, GiB a GPU."""
-        rows = [["phase", *PARTS, "total", "seconds"]]
+        """One row a phase, GiB (of a small run MiB) a GPU."""
+        unit, name = (GIB, "GiB") if self.peak >= GIB else (MIB, "MiB")
+        rows = [[name, *PARTS, "total", "seconds"]]
         for phase in self.phases:
-            sizes = [_gib(phase.parts.get(part, 0)) for part in PARTS]
+            sizes = [f"{size / unit:.2f}" if size else "-" for size in map(phase.parts.get, PARTS)]
             seconds = f"{phase.seconds:.3g}" if phase.seconds else "-"
-            rows.append([phase.name, *sizes, f"{phase.total / GIB:.2f}", seconds])
+            rows.append([phase.name, *sizes, f"{phase.total / unit:.2f}", seconds])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
@@ -93,7 +96,7 @@ class Plan:
     def summary(self) -> str:
         """The peak against the memory, in one sentence."""
         return (
-            f"peak {self.peak / GIB:.2f} GiB in {self.fullest.name} of {self.machine.memory / GIB:.2f} GiB a "
+            f"peak {shown(self.peak)} in {self.fullest.name} of {shown(self.machine.memory)} a "
             f"{'GPU' if self.machine.cuda else 'rank'}: {self.verdict}"
         )
 
@@ -107,5 +110,6 @@ class Plan:
         )
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f}" if size else "-"
+def shown(size: float) -> str:
+    """Bytes as GiB, or less than one as MiB."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.2f} MiB"

@@ -51,12 +51,15 @@ class Sharding:
         persistent = sum(size for size in sizes if self._persists(size)) if self.ranks > 1 else 0
         return (shards + persistent) * model.itemsize
 
+    def masters(self, model: Weights) -> int:
+        """Of fp32 master weights, which ZeRO makes also of fp32 weights."""
+        needed = int(self.zero.stage) > 0 or model.itemsize < MASTER
+        return MASTER * self.owned(model) if needed and not self._on_host(self.zero.offload_optimizer) else 0
+
     def optimizer(self, model: Weights) -> int:
-        """Of fp32 master weights and Adam's moments."""
-        if self._on_host(self.zero.offload_optimizer):
-            return 0
-        masters = MASTER if int(self.zero.stage) > 0 or model.itemsize < MASTER else 0
-        return (masters + MOMENTS) * self.owned(model)
+        """Of fp32 master weights and Adam's moments, which the first step makes."""
+        moments = 0 if self._on_host(self.zero.offload_optimizer) else MOMENTS * self.owned(model)
+        return self.masters(model) + moments
 
     def gradients(self, model: Weights) -> int:
         """Of gradients, from one micro-batch to the next."""
@@ -94,6 +97,13 @@ class Sharding:
         return min(kept + ahead + model.largest_module, self.gathered(model) // model.itemsize) * model.itemsize + (
             ahead * model.itemsize
         )
+
+    def on_file(self, model: Weights) -> int:
+        """That reading or writing a model's folder adds: on a GPU the module at hand. Host memory, which is what CPU
+        ranks have, holds the whole file, and under ZeRO-3 once more while it is sharded or collected (as measured)."""
+        if self.cuda:
+            return model.largest_module * model.itemsize if self.shards_weights else 0
+        return (2 if self.shards_weights else 1) * model.total * model.itemsize
 
     def step(self, model: Weights) -> int:
         """Of an optimiser step: the gradient in fp32 and what AdamW computes with, a sub-group at a time."""

@@ -27,8 +27,6 @@ def plan_trainer(
         "buckets": sharding.buckets(weights) if kept else 0,
     }
     gradients = {"gradients": sharding.gradients(weights)}
-    largest = weights.largest_module * weights.itemsize if kept else 0
-    whole = largest if machine.cuda or not kept else weights.total * weights.itemsize
     early, reduction = sharding.reduces_early(weights), sharding.reduction(weights)
     training = gradients | {
         "buckets": sharding.buckets(weights) + (reduction if early else 0),
@@ -40,14 +38,14 @@ def plan_trainer(
     seconds = config.gradient_accumulation_steps * update.flops / machine.flops
     return Plan(
         f"{name} on {machine.ranks} {'GPUs' if machine.cuda else 'CPU ranks'}, ZeRO-{int(sharding.zero.stage)}, "
-        f"{config.dtype}, GiB of each at the highest point of a phase",
+        f"{config.dtype}: what each holds at most in each phase",
         machine,
         [
-            Phase("load", rest | {"gathered": largest}),
+            Phase("load", rest | {"optimiser": sharding.masters(weights), "gathered": sharding.on_file(weights)}),
             Phase("forward, backward", rest | training, seconds),
             Phase("optimiser step", rest | step),
             Phase("evaluation", rest | evaluating),
-            Phase("export", rest | {"gathered": whole}),
+            Phase("export", rest | {"gathered": sharding.on_file(weights)}),
         ],
         updates=config.max_steps,
         host=sharding.host(weights),
