@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -23,11 +24,12 @@ from common.models.loading import (
     causal_lm_skeleton,
     check_lengths,
     check_vocabulary,
+    has_attention,
     load_causal_lm,
     without_dropout,
 )
 from common.models.sequences import ScoringWay, without_wrapper
-from common.models.token_reward import TokenRewardModel, has_attention_kernel, load_token_reward_scorer
+from common.models.token_reward import TokenRewardModel, load_token_reward_scorer, token_classifier_skeleton
 from common.models.token_scores import VOCABULARY_PIECE, gives_logits_of_its_head
 from common.models.value_model import load_value_model
 from step3_tppo.config import Step3Config
@@ -59,8 +61,8 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
     skeleton = causal_lm_skeleton(config.actor_path, config)
     check_decodable(skeleton)
     check_lengths(skeleton.config, config.max_prompt_tokens + config.max_response_tokens)
-    actor_config = without_dropout(skeleton.config)
-    actor = _load(training, lambda: load_causal_lm(config.actor_path, config, actor_config))
+    load_policy = partial(load_causal_lm, config.actor_path, config, config=without_dropout(skeleton.config))
+    actor = _load(training, load_policy)
     check_vocabulary(actor, tokenizer)
     if config.lora_r > 0:
         actor = apply_lora(actor, config)
@@ -73,7 +75,7 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
         critic.gradient_checkpointing_enable()
     reference = None
     if config.lora_r == 0:
-        reference = _frozen(_load(frozen, lambda: load_causal_lm(config.actor_path, config, actor_config)), frozen)
+        reference = _frozen(_load(frozen, load_policy), frozen)
     reward_options = _reward_options(config)
     scorer = _load(frozen, lambda: load_token_reward_scorer(config.reward_path, reward_options))
     models = Models(
@@ -90,7 +92,7 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
 
 def _reward_options(config: Step3Config) -> Step3Config:
     """How the reward model is loaded: as the others, but with its own attention where it has not their kernel."""
-    if has_attention_kernel(config.reward_path, config):
+    if has_attention(token_classifier_skeleton(config.reward_path, config), config.attn_implementation):
         return config
     said = f"the reward model has no {config.attn_implementation} attention: it runs with eager"
     distributed.on_main_first(lambda: print(said, flush=True))
