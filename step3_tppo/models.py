@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from common.engine import distributed
@@ -23,11 +24,12 @@ from common.models.loading import (
     causal_lm_skeleton,
     check_lengths,
     check_vocabulary,
+    has_attention,
     load_causal_lm,
     without_dropout,
 )
 from common.models.sequences import ScoringWay, without_wrapper
-from common.models.token_reward import TokenRewardModel, has_attention_kernel, load_token_reward_scorer
+from common.models.token_reward import TokenRewardModel, load_token_reward_scorer, token_classifier_skeleton
 from common.models.token_scores import VOCABULARY_PIECE, gives_logits_of_its_head
 from common.models.value_model import load_value_model
 from step3_tppo.config import Step3Config
@@ -59,14 +61,9 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
     skeleton = causal_lm_skeleton(config.actor_path, config)
     check_decodable(skeleton)
     check_lengths(skeleton.config, config.max_prompt_tokens + config.max_response_tokens)
-
-    actor_config = without_dropout(skeleton.config)
-
-    def load_actor(quantize: str) -> PreTrainedModel:
-        return load_causal_lm(config.actor_path, config, quantize, actor_config)
-
+    load_policy = partial(load_causal_lm, config.actor_path, config, config=without_dropout(skeleton.config))
     # Adapters within the sharded loading too, because DoRA's magnitudes begin as the norms of whole weights.
-    actor = _load(training, lambda: apply_lora(load_actor(config.quantize), config))
+    actor = _load(training, lambda: apply_lora(load_policy(quantize=config.quantize), config))
     check_vocabulary(actor, tokenizer)
     packed = config.packed == "true" or (config.packed == "auto" and config.attn_implementation == "flash_attention_2")
     critic = _load(training, lambda: load_value_model(config.critic_path or config.actor_path, config, packed))
@@ -77,7 +74,7 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
         critic.gradient_checkpointing_enable()
     reference = None
     if config.lora_r == 0:
-        reference = _frozen(_load(frozen, lambda: load_actor("none")), frozen)
+        reference = _frozen(_load(frozen, load_policy), frozen)
     reward_options = _reward_options(config)
     scorer = _load(frozen, lambda: load_token_reward_scorer(config.reward_path, reward_options))
     models = Models(
@@ -94,7 +91,7 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
 
 def _reward_options(config: Step3Config) -> Step3Config:
     """How the reward model is loaded: as the others, but with its own attention where it has not their kernel."""
-    if has_attention_kernel(config.reward_path, config):
+    if has_attention(token_classifier_skeleton(config.reward_path, config), config.attn_implementation):
         return config
     said = f"the reward model has no {config.attn_implementation} attention: it runs with eager"
     distributed.on_main_first(lambda: print(said, flush=True))

@@ -15,9 +15,16 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from common.config import LoraOptions, ModelOptions
 from common.errors import InputError
 from common.files import read_jsonl
-from common.models.loading import apply_lora, load_causal_lm, load_tokenizer, save_model_folder, without_dropout
+from common.models.loading import (
+    apply_lora,
+    has_attention,
+    load_causal_lm,
+    load_tokenizer,
+    save_model_folder,
+    without_dropout,
+)
 from common.models.reward_encoder import RewardEncoder, RewardInputOptions
-from common.models.token_reward import SETTINGS_NAME, has_attention_kernel, load_token_reward_model
+from common.models.token_reward import SETTINGS_NAME, load_token_reward_model, token_classifier_skeleton
 from common.models.value_model import VALUE_HEAD_NAME
 from common.tracking import read_metrics
 from step3_tppo.config import Step3Config
@@ -195,7 +202,10 @@ REFUSED = {
         Family("qwen3_next", "byte_level", {"num_hidden_layers": 4, "num_experts": 2}),
         "layers of the kind linear_attention",
     ),
-    "gemma2 under SDPA": (ACTORS["gemma2"]._replace(kernel="sdpa"), "scaled_dot_product_attention"),
+    "gemma2 under SDPA": (
+        ACTORS["gemma2"]._replace(kernel="sdpa"),
+        "has no sdpa attention; add --attn_implementation eager",
+    ),
     "t5": (Family("t5", "byte_level", {}), "AutoModelForCausalLM"),
 }
 
@@ -247,9 +257,26 @@ def test_a_critic_of_another_vocabulary_is_refused(inputs: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(("name", "has_sdpa"), [("longformer", False), ("deberta-v2", False), ("roberta", True)])
 def test_an_architecture_says_which_kernels_it_has(tmp_path: Path, name: str, has_sdpa: bool) -> None:
-    base = str(save_family(REWARDS[name], tmp_path))
-    assert has_attention_kernel(base, ModelOptions(attn_implementation="sdpa")) is has_sdpa
-    assert has_attention_kernel(base, ModelOptions(attn_implementation="eager"))
+    skeleton = token_classifier_skeleton(str(save_family(REWARDS[name], tmp_path)), ModelOptions())
+    assert has_attention(skeleton, "sdpa") is has_attention(skeleton, "flash_attention_2") is has_sdpa
+    assert has_attention(skeleton, "eager")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [(REWARDS["longformer"], "LongformerForTokenClassification has no sdpa attention; add --attn_implementation eager"),
+     (ACTORS["opt"], "OPTConfig")],
+    ids=["kernel", "classifier"],
+)  # fmt: skip
+def test_what_a_reward_model_lacks_is_said_before_its_weights_are_read(
+    inputs: Path, tmp_path: Path, family: Family, message: str
+) -> None:
+    base = save_family(family, tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    flags = reward_flags(inputs, base, tmp_path / "run", "sdpa")
+    ((error,),) = run_on_ranks(run_steps, SINGLE_PROCESS, [("step2_token_reward.main", flags)])
+    assert message in error
 
 
 def test_an_encoder_that_reads_distances_has_no_limit_of_positions() -> None:

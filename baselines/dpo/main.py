@@ -20,7 +20,15 @@ from common.engine.trainer_options import prepare_output, training_arguments
 from common.engine.watchdog import Watchdog
 from common.errors import run_rank_command
 from common.feedback.labels import read_labels
-from common.models.loading import check_machine, check_vocabulary, load_causal_lm, load_tokenizer, save_model_folder
+from common.models.loading import (
+    check_machine,
+    check_vocabulary,
+    load_causal_lm,
+    load_model_config,
+    load_tokenizer,
+    save_model_folder,
+    without_dropout,
+)
 
 
 def main() -> None:
@@ -42,12 +50,13 @@ def main() -> None:
     add_reference(train + dev, reference, collator, config.per_device_eval_batch_size, config.temperature)
     del reference
 
+    policy_config = load_model_config(config.model_name_or_path, config.trust_remote_code)
     args = training_arguments(config)
     checkpoint = newest_checkpoint(args.output_dir)
     prepare_to_load(checkpoint, args)
     watchdog = Watchdog(config.output_dir, config.hang_timeout)
     trainer = DpoTrainer(
-        model=load_causal_lm(config.model_name_or_path, config),
+        model=load_causal_lm(config.model_name_or_path, config, config=without_dropout(policy_config)),
         args=args,
         train_dataset=train,
         eval_dataset=dev,

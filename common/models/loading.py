@@ -85,11 +85,23 @@ def causal_lm_skeleton(path: str, options: ModelOptions) -> PreTrainedModel:
     check_attention(options.attn_implementation, options.dtype)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, attn_implementation=options.attn_implementation, trust_remote_code=options.trust_remote_code
-            )
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
     except (ValueError, ImportError) as error:
         raise InputError(f"{path}: cannot build a causal language model ({_first_line(error)})") from error
+    if not has_attention(model, options.attn_implementation):
+        raise InputError(f"{path}: {no_attention(model, options.attn_implementation)}")
+    return model
+
+
+def has_attention(model: PreTrainedModel, implementation: str) -> bool:
+    """Whether the model's architecture has this attention kernel; all have eager."""
+    supported = {"sdpa": model._supports_sdpa, "flash_attention_2": model._supports_flash_attn}
+    return supported.get(implementation, True)
+
+
+def no_attention(model: PreTrainedModel, implementation: str) -> str:
+    """What to tell a user who asked for a kernel that the architecture has not."""
+    return f"{type(model).__name__} has no {implementation} attention; add --attn_implementation eager"
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:

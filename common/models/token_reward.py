@@ -171,14 +171,17 @@ def load_token_reward_model(
     return model
 
 
-def has_attention_kernel(path: str, options: ModelOptions) -> bool:
-    """Whether the classifier under `path` can run the kernel asked for; Longformer and DeBERTa have their own alone."""
-    with torch.device("meta"):
-        model = AutoModelForTokenClassification.from_config(
-            load_model_config(path, options.trust_remote_code), trust_remote_code=options.trust_remote_code
-        )
-    supported = {"sdpa": model._supports_sdpa, "flash_attention_2": model._supports_flash_attn}
-    return supported.get(options.attn_implementation, True)
+def token_classifier_skeleton(path: str, options: ModelOptions) -> PreTrainedModel:
+    """The classifier under `path` without storage, to be asked before weights are read (and before ZeRO-3 is set up).
+
+    Raises `InputError` where the family has no token classifier.
+    """
+    config = load_model_config(path, options.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForTokenClassification.from_config(config, trust_remote_code=options.trust_remote_code)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{path}: cannot build a token classifier ({str(error).splitlines()[0]})") from error
 
 
 def output_names(heads: str) -> dict[int, str]:
