@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -28,8 +29,8 @@ from common.engine.trainer import (
 )
 from common.engine.trainer_options import training_arguments
 from common.errors import InputError, Preempted, TrainingDiverged
-from common.files import write_jsonl
-from common.models.loading import apply_lora
+from common.files import read_json, write_jsonl
+from common.models.loading import apply_lora, save_model_folder
 from common.tracking import read_metrics
 from step1_sft.config import SftConfig, check_config
 from step1_sft.dataset import PadRight, build_rows
@@ -415,3 +416,26 @@ def test_two_ranks_with_zero_3_equal_one_without_and_resume_equals_a_straight_ru
     assert names == [".damaged_checkpoint-3", "checkpoint-2", "checkpoint-3"]
     assert all(torch.equal(final[name], weight) for name, weight in weights("two").items())
     assert [row["loss"] for row in read_metrics(tmp_path / "two" / "metrics.jsonl") if "loss" in row] == losses
+
+
+@pytest.mark.distributed
+def test_dora_under_zero_3_is_exported_as_base_and_adapter(tmp_path):
+    save_model_folder(tiny_llama(), ordinary_tokenizer(), tmp_path / "base", {})
+    examples = [example(i, ("blue hat", "red shoes"[: 3 + i % 6])) for i in range(8)]
+    for split in ("train", "dev"):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", (item.to_dict() for item in examples))
+    flags = {
+        "model_name_or_path": tmp_path / "base", "data_dir": tmp_path / "data", "output_dir": tmp_path / "run",
+        "num_queries": 2, "max_prompt_tokens": 180, "learning_rate": 1e-2, "num_train_epochs": 1, "lora_r": 4,
+        "lora_dora": "true", "fused_adam": "true", "warmup_ratio": 0,
+    }  # fmt: skip
+    assert run_on_ranks(run_main, 2, [f"--{key}={value}" for key, value in flags.items()]) == ["", ""]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    ids = torch.tensor([[5, 6, 7, 8, 30, 31]])
+    with torch.no_grad():
+        start = base(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")(ids).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "model" / "adapter").eval()(ids).logits
+    assert torch.allclose(merged, adapted, atol=1e-4)  # fp32 sums in another order, logits of size 10
+    assert not torch.allclose(merged, start, atol=1e-2), "the adapters must have learned"
+    assert read_json(tmp_path / "run" / "environment.json")["choices"]["fused_adam"]
