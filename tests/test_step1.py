@@ -418,6 +418,13 @@ def test_two_ranks_with_zero_3_equal_one_without_and_resume_equals_a_straight_ru
     assert [row["loss"] for row in read_metrics(tmp_path / "two" / "metrics.jsonl") if "loss" in row] == losses
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have all of it")
+@pytest.mark.parametrize("flags", [["--liger"], ["--quantize=nf4", "--lora_r=4", "--dtype=bf16", "--zero_stage=2"]])
+def test_what_cannot_run_here_is_refused_before_anything_is_read(flags):
+    places = ["--model_name_or_path=nowhere", "--data_dir=nowhere", "--output_dir=nowhere"]
+    assert "needs a CUDA GPU" in run_main(0, 1, [*places, *flags])
+
+
 @pytest.mark.distributed
 def test_dora_under_zero_3_is_exported_as_base_and_adapter(tmp_path):
     save_model_folder(tiny_llama(), ordinary_tokenizer(), tmp_path / "base", {})
