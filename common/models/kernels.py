@@ -23,9 +23,14 @@ def check_attention(implementation: str, dtype: str) -> None:
         raise InputError(f"--attn_implementation flash_attention_2 computes in bf16, not {dtype}; add --dtype bf16")
 
 
-def check_liger(model_type: str) -> None:
-    """Raise `InputError` unless Liger's kernels can run here on the family `model_type`, as configurations name it."""
+def check_liger() -> None:
+    """Raise `InputError` unless this machine can run Liger's kernels."""
     require_cuda("--liger", "liger_kernel", "liger-kernel", "leave the flag out")
+
+
+def check_liger_family(model_type: str) -> None:
+    """Raise `InputError` unless Liger, which `check_liger` has passed, has kernels for models of `model_type`, as their
+    configurations name it."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:

@@ -25,7 +25,7 @@ from common.config import LoraOptions, ModelOptions
 from common.data.prompt_settings import save_prompt_settings, serving_tokenizer
 from common.data.prompts import PromptBuilder
 from common.errors import InputError
-from common.models.kernels import apply_liger, check_attention, check_liger
+from common.models.kernels import apply_liger, check_attention, check_liger, check_liger_family
 from common.models.quantization import check_quantization, is_packed, quantization_config, unpacked_state
 
 ADAPTER_FOLDER = "adapter"
@@ -126,7 +126,8 @@ def check_machine(path: str, options: ModelOptions, quantize: str = "none") -> N
     check_attention(options.attn_implementation, options.dtype)
     check_quantization(quantize)
     if options.liger:
-        check_liger(load_model_config(path, options.trust_remote_code).model_type)
+        check_liger()
+        check_liger_family(load_model_config(path, options.trust_remote_code).model_type)
 
 
 def load_causal_lm(

@@ -40,7 +40,8 @@ def unpacked_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     state = {name: value.cpu() for name, value in model.state_dict().items()}
     for name, module in model.named_modules():
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and is_packed(weight):
+        weight = dict(module.named_parameters(recurse=False)).get("weight")  # an adapter's `weight` is its base's
+        if weight is not None and is_packed(weight):
             prefix = f"{name}.weight"
             state = {key: value for key, value in state.items() if not key.startswith(f"{prefix}.")}
             state[prefix] = dequantize_module_weight(module).detach().cpu()

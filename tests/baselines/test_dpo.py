@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from baselines.dpo import main as dpo
 from baselines.dpo.loss import dpo_loss
@@ -117,8 +118,11 @@ def test_sequence_logprobs_equal_the_unpadded_ones() -> None:
 
 
 def _main(rank: int, world_size: int, argv: list[str]) -> None:
-    with mock.patch.object(sys, "argv", ["dpo", *argv]):
-        dpo.main()
+    try:
+        with mock.patch.object(sys, "argv", ["dpo", *argv]):
+            dpo.main()
+    finally:
+        unset_hf_deepspeed_config()  # other tests share these processes
 
 
 @pytest.mark.distributed

@@ -13,7 +13,7 @@ from transformers.integrations import liger
 
 from common.config import ModelOptions
 from common.errors import InputError
-from common.models.kernels import check_liger
+from common.models.kernels import check_liger_family
 from common.models.loading import check_machine, load_causal_lm, save_model_folder
 from common.models.value_model import load_value_model
 from tests.tiny_models import SEQUENCES, ordinary_tokenizer, tiny_llama
@@ -119,9 +119,9 @@ def stand_in_for_liger(monkeypatch, gpu_with) -> list[tuple[str, dict]]:
 
 
 def test_liger_refuses_a_family_without_kernels_by_name(stand_in_for_liger):
-    check_liger("llama")
+    check_liger_family("llama")
     with pytest.raises(InputError) as error:
-        check_liger("gpt2")
+        check_liger_family("gpt2")
     assert "no kernels for models of type 'gpt2' (it has for llama, qwen3)" in str(error.value)
 
 

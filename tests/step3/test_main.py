@@ -65,6 +65,24 @@ def test_lora_in_the_sharded_path_needs_no_reference_and_leaves_adapters(inputs:
     AutoModelForCausalLM.from_pretrained(tmp_path / "lora" / "model")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have all of it")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--liger", "--liger needs a CUDA GPU and there is none; leave the flag out"),
+        ("--quantize nf4 --lora_r 4 --dtype bf16 --zero_stage 2", "--quantize nf4 needs a CUDA GPU"),
+        ("--quantize nf4 --lora_r 4 --dtype bf16", "use --zero_stage 2"),
+        ("--attn_implementation flash_attention_2 --dtype bf16", "flash_attention_2 needs a CUDA GPU"),
+    ],
+)
+def test_what_cannot_run_here_is_refused_before_a_folder_is_made(
+    inputs: Path, tmp_path: Path, flags: str, message: str
+) -> None:
+    for status, error in run(inputs, tmp_path / "run", *flags.split()):
+        assert status == 2 and message in error
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.timeout(600)
 def test_dora_is_exported_as_base_and_adapter(inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "dora"
