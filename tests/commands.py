@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("common", "step1_sft", "step2_token_reward", "step3_tppo", "baselines", "study", "benchmarks")
+PACKAGES = ("common", "step1_sft", "step2_token_reward", "step3_tppo", "baselines", "study", "benchmarks", "scripts")
 # What a script hands its flags to, beside those of its own.
 SCRIPTS = {
     "run_step1.sh": "step1_sft.main",
@@ -35,8 +35,11 @@ def module_name(path: Path) -> str:
 
 
 def config_of(module: str) -> type | None:
-    """The dataclass that a command fills from its flags; None for one that reads its flags itself."""
-    found = re.search(r"parse_config\((\w+)\)", source(module))
+    """The dataclass that a command, or the `main` that it imports, fills; None for one that reads its flags itself."""
+    text = source(module)
+    if imported := re.search(r"^from ([\w.]+) import main$", text, re.MULTILINE):
+        return config_of(imported[1])
+    found = re.search(r"parse_config\((\w+)\)", text)
     return getattr(importlib.import_module(module), found[1]) if found else None
 
 
@@ -44,11 +47,21 @@ def config_of(module: str) -> type | None:
 def flags_of(module: str) -> set[str]:
     """The flags that a module takes, without dashes."""
     config = config_of(module)
-    if config is None:
-        switches = re.findall(r"read_switches\(__doc__, (\w+)=", source(module))
-        return {*switches, *re.findall(r'"--(\w+)"', source(module)), "help"}
+    if config is not None:
+        return fields_of(config) | _ALWAYS
+    switches = re.findall(r"read_switches\(__doc__, (\w+)=", source(module))
+    flags = {*switches, *re.findall(r'"--(\w+)"', source(module))}
+    # One that hands the rest of its flags to a config, chosen by one of its own (scripts/plan.py).
+    if "parse_known_args" in source(module):
+        configs = [value for name, value in vars(importlib.import_module(module)).items() if name.endswith("Config")]
+        flags |= _ALWAYS.union(*map(fields_of, configs))
+    return flags | {"help"}
+
+
+def fields_of(config: type) -> set[str]:
+    """The flags that a config dataclass takes."""
     fields = dataclasses.fields(config)
-    return {field.name for field in fields} | {f"no_{f.name}" for f in fields if f.default is True} | _ALWAYS
+    return {field.name for field in fields} | {f"no_{field.name}" for field in fields if field.default is True}
 
 
 @cache
