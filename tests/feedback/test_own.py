@@ -12,7 +12,8 @@ import pytest
 from common.data.records import Event
 from common.errors import InputError
 from common.feedback.annotator import FeedbackItem
-from common.feedback.load import check_annotator_name, load_annotator
+from common.feedback.llm.options import EndpointOptions
+from common.feedback.load import check_annotator_name, load_annotator, open_annotator
 from common.feedback.own import OwnAnnotator
 from common.files import write_jsonl
 from step2_token_reward.label import main
@@ -123,6 +124,14 @@ def test_an_own_function_has_a_place_where_annotators_have_names(tmp_path: Path)
         load_annotator("missing.py:score")
     with pytest.raises(InputError, match="takes neither --truth"):
         load_annotator("missing.py:score", truth_path="truth.jsonl")
+    (tmp_path / "my_scores.py").write_text(SCORE)
+    place, settings = f"{tmp_path / 'my_scores.py'}:score", {"truth_path": "", "seed": 0, "template": "", "answers": ""}
+    with open_annotator(place, endpoint=EndpointOptions(), **settings) as opened:
+        assert isinstance(opened, OwnAnnotator)
+    with pytest.raises(InputError, match="asks no language model"), open_annotator(
+        place, endpoint=EndpointOptions(base_url="http://localhost:1/v1"), **settings
+    ):
+        pass
     check_annotator_name("a/b.py:score", "annotator", known=("lexical",))
     for name in ("oracle", "b.py", "b.py:", "b.py:my score", "b.txt:score"):
         with pytest.raises(InputError, match=r"is none of lexical, nor of the form FILE\.py:FUNCTION"):
