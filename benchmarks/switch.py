@@ -86,8 +86,8 @@ def memory_of(mode: str) -> dict[str, float]:
     """MiB of this rank at its highest, above what it held when the model was sharded; and what gathering adds."""
     hybrid = HybridEngine(zero3_engine(random_llama(query_tokenizer(), **WIDE), **FEW_AT_A_TIME), "sharded")
     _train_once(hybrid)
-    _forget_peak()
-    before = _held()
+    forget_peak()
+    before = held_memory()
     if mode == "training":
         _train_once(hybrid)
     else:
@@ -107,11 +107,12 @@ def _train_once(hybrid: HybridEngine) -> None:
     hybrid.engine.step()
 
 
-def _held() -> int:
+def held_memory() -> int:
+    """Bytes that this process holds now: on its GPU, or of the host's memory."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Begin the high-water mark anew; on the CPU, after giving back what was freed."""
     gc.collect()
     if torch.cuda.is_available():

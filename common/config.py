@@ -44,16 +44,30 @@ class ModelOptions:
     dtype: str = option("fp32", "Training precision; fp32 is the one for CPU ranks.", choices=["fp32", "bf16"])
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     trust_remote_code: bool = option(False, "Run model code from the hub. Only for repositories that you trust.")
+    liger: bool = option(False, "Liger's kernels for norms, MLPs and rotary positions (CUDA), checked at start.")
 
 
 @dataclasses.dataclass
 class LoraOptions:
-    """Adapters instead of full fine-tuning (peft)."""
+    """Adapters instead of full fine-tuning (peft, docs/adapters.md)."""
 
     lora_r: int = option(0, "Rank of the LoRA adapters; 0 trains all weights.")
     lora_alpha: int = option(16, "LoRA scale: the update is multiplied by lora_alpha / lora_r.")
+    lora_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_r), for high ranks (Kalajdzievski 2023).")
+    lora_dora: bool = option(False, "Learn each weight's magnitude apart from its direction (DoRA, Liu et al. 2024).")
     lora_dropout: float = option(0.0, "Dropout on the adapters' input. Keep 0 in step 3: log-probs must repeat.")
     lora_target_modules: str = option("all-linear", "Modules that get adapters: peft's name, or names with commas.")
+    quantize: str = option(
+        "none", "The frozen weights under the adapters in 4 bits (QLoRA, Dettmers et al. 2023); CUDA, ZeRO 0 to 2.",
+        choices=["none", "nf4"],
+    )
+
+
+@dataclasses.dataclass
+class OptimizerOptions:
+    """What an optimiser's step runs on."""
+
+    fused_adam: bool = option(False, "torch's fused AdamW: one kernel for all weights instead of one each.")
 
 
 @dataclasses.dataclass

@@ -43,7 +43,8 @@ use_cpu_ranks_without_gpu() {
 launch() {
     local script="$1"; shift
     case " $* " in *" --help "*|*" -h "*) python "$script" --help; return ;; esac # once, not once a rank
-    local launcher=() flags=() placed=""
+    local launcher=() flags=() placed="" output="" begun
+    begun="$(date +%s)"
     while [ $# -gt 0 ]; do
         case "$1" in
             --num_gpus|--num_nodes|--hostfile|--include|--exclude|--master_addr|--master_port|--launcher|--launcher_args)
@@ -53,7 +54,9 @@ launch() {
             --num_gpus=*|--hostfile=*|--include=*) placed=yes; launcher+=("$1"); shift ;;
             --num_nodes=*|--exclude=*|--master_addr=*|--master_port=*|--launcher=*|--launcher_args=*)
                 launcher+=("$1"); shift ;;
-            *) flags+=("$1"); shift ;;
+            *)
+                case "$1" in --output_dir) output="${2:-}" ;; --output_dir=*) output="${1#*=}" ;; esac
+                flags+=("$1"); shift ;;
         esac
     done
     if [ -z "$placed" ] && [ "${DS_ACCELERATOR:-}" = cpu ]; then
@@ -77,6 +80,10 @@ launch() {
     wait "$job" || status=$?
     trap - TERM USR1 INT
     [ -z "$remote" ] || rm -f "$remote"
+    case "$status" in
+        0|2|3|4|70|75) ;; # every rank has spoken for itself
+        *) [ -z "$output" ] || python -m common.engine.watchdog "$output" "$begun" ;;
+    esac
     return "$status"
 }
 

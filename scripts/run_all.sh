@@ -177,10 +177,12 @@ stage evaluate python -m common.evaluation.evaluate --data_dir "$run/data" --out
     ${judge_flags[@]+"${judge_flags[@]}"} \
     ${report_flags[@]+"${report_flags[@]}"}
 
+python -m common.pages.report --run "$run" || echo "warning: $run/report.html could not be drawn" >&2
+
 cat <<END
 
 models       SFT $run/step1_sft/model, reward $run/step2_token_reward/reward/model, TPPO $run/step3_tppo/model
-report       $run/report.md, $run/report.json
+report       $run/report.html (curves, warnings, examples), $run/report.md, $run/report.json
 TensorBoard  tensorboard --logdir $run
 next         read the report and its warnings; docs/tuning.md says what healthy curves look like
 END

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.config import LoraOptions, option
+from common.engine.adapters import check_adapters
 from common.engine.trainer_options import TrainerOptions, check_trainer_options
 from common.errors import InputError
-from common.models.loading import check_attention
 
 
 @dataclass
@@ -32,7 +32,6 @@ class SftConfig(LoraOptions, TrainerOptions):
 
 def check_config(config: SftConfig) -> None:
     """Raise `InputError` for settings that cannot work, here or anywhere, before anything is loaded."""
-    check_attention(config.attn_implementation, config.dtype)
     for name in ("model_name_or_path", "data_dir", "output_dir"):
         if not getattr(config, name):
             raise InputError(f"--{name} is missing")
@@ -42,3 +41,4 @@ def check_config(config: SftConfig) -> None:
     if config.prompt_loss_weight < 0:
         raise InputError(f"--prompt_loss_weight must not be negative, but is {config.prompt_loss_weight}")
     check_trainer_options(config)
+    check_adapters(config)

@@ -1,6 +1,6 @@
 """Step 2: train the token-level reward model.
 
-    deepspeed --num_gpus 8 step2_token_reward/main.py --config step2_token_reward/configs/longformer.yaml \\
+    deepspeed --num_gpus 8 step2_token_reward/main.py --config step2_token_reward/configs/1x24gb_encoder.yaml \\
         --samples outputs/my_run/step2_token_reward/samples/samples.jsonl \\
         --labels outputs/my_run/step2_token_reward/labels.jsonl \\
         --model_name_or_path ... --output_dir outputs/my_run/step2_token_reward/reward
@@ -14,13 +14,13 @@ from typing import Any
 
 from common.config import parse_config
 from common.engine import distributed
-from common.engine.trainer import newest_checkpoint, run_callbacks
+from common.engine.trainer import newest_checkpoint, prepare_to_load, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
 from common.engine.watchdog import Watchdog
 from common.errors import run_rank_command
 from common.feedback.labels import read_labels
 from common.files import write_json
-from common.models.loading import check_attention, load_fast_tokenizer
+from common.models.loading import check_machine, load_fast_tokenizer
 from common.models.reward_encoder import RewardEncoder
 from common.models.reward_losses import inverse_class_frequency
 from common.models.token_reward import load_token_reward_model, reads_both_ways, save_token_reward_model
@@ -33,7 +33,7 @@ def main() -> None:
     """Train a token classifier on labelled responses; write `<output_dir>/model`."""
     config = parse_config(Step2Config)
     check_config(config)
-    check_attention(config.attn_implementation, config.dtype)
+    check_machine(config.model_name_or_path, config)
     start = time.monotonic()
     distributed.start()
     distributed.seed_everything(config.seed)
@@ -43,6 +43,7 @@ def main() -> None:
     args = training_arguments(config)
     distributed.on_main_first(lambda: prepare_output(config))
     checkpoint = newest_checkpoint(args.output_dir)
+    prepare_to_load(checkpoint, args)
 
     model = load_token_reward_model(config.model_name_or_path, config, config.bidirectional, config.heads)
     encoder = RewardEncoder(tokenizer, config.inputs, model)

@@ -25,9 +25,10 @@ from common.data.records import Example
 from common.engine import distributed
 from common.errors import InputError, run_rank_command
 from common.files import claim_output_dir, read_jsonl, write_jsonl
+from common.generation.decode import check_decodable
 from common.generation.generate import Generated, generate_responses
 from common.generation.sampling import Sampling
-from common.models.loading import check_lengths, check_vocabulary, load_causal_lm, load_model_config, load_tokenizer
+from common.models.loading import causal_lm_skeleton, check_lengths, check_vocabulary, load_causal_lm, load_tokenizer
 from common.tracking import progress
 from step2_token_reward.corruptions import corrupt
 
@@ -69,10 +70,9 @@ def main() -> None:
     check_config(config)
     device = distributed.start()
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, config.pad_token)
-    check_lengths(
-        load_model_config(config.model_name_or_path, config.trust_remote_code),
-        config.max_prompt_tokens + config.max_response_tokens,
-    )
+    skeleton = causal_lm_skeleton(config.model_name_or_path, config)
+    check_decodable(skeleton)
+    check_lengths(skeleton.config, config.max_prompt_tokens + config.max_response_tokens)
     builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
     parts = cut_into_parts(choose_examples(config), config.batch_size * BATCHES_PER_PART)
     distributed.on_main_first(lambda: claim(config))

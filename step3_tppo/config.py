@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import LoraOptions, ModelOptions, RunOptions, ZeroOptions, option
+from common.config import LoraOptions, ModelOptions, OptimizerOptions, RunOptions, ZeroOptions, option
+from common.engine.adapters import check_adapters
 from common.errors import InputError
 from common.feedback.load import ANNOTATORS, OWN, check_annotator_name
 
 
 @dataclass
-class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
+class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroOptions):
     """Token-level PPO: tune the model of step 1 with the reward model of step 2."""
 
     actor_path: str = option(
@@ -136,6 +137,10 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
         "and differs by rollout/mismatch_* (TensorBoard).",
         choices=["recomputed", "sampled"],
     )
+    plan: str = option(
+        "stop", "Before weights are loaded, plan what a rank will hold; stop, or warn, where it has not that much.",
+        choices=["off", "warn", "stop"],
+    )
     save_steps: int = option(50, "Checkpoint every so many steps, and at the end.", group="checkpoints and samples")
     keep_checkpoints: int = option(
         2, "Newest checkpoints to keep, besides the one of the highest judged relevance (without a monitor: reward)."
@@ -179,6 +184,9 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, ZeroOptions):
             raise InputError("--kl_in loss needs --kl_estimator k2 or k3: k1 as a loss has no gradient in expectation")
         if self.offload_states and self.offload != "none":
             raise InputError("--offload_states has nothing to move: with --offload states rest in host memory anyway")
+        check_adapters(self)
+        if self.lora_dropout > 0:
+            raise InputError("--lora_dropout must be 0 in step 3: log-probs of two passes are compared")
         if 0 < self.dual_clip <= 1:
             raise InputError(f"--dual_clip must be above 1, or 0 for none, not {self.dual_clip}")
         _check_divides("rollout_batch_size", self.rollout_batch_size, world_size, "the number of ranks")

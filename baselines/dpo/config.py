@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from common.config import option
 from common.engine.trainer_options import TrainerOptions, check_trainer_options
 from common.errors import InputError
-from common.models.loading import check_attention
 
 
 @dataclass
@@ -37,7 +36,6 @@ class DpoConfig(TrainerOptions):
 
 def check_config(config: DpoConfig) -> None:
     """Raise `InputError` for settings that cannot work, before anything is loaded."""
-    check_attention(config.attn_implementation, config.dtype)
     for name in ("model_name_or_path", "samples", "labels", "output_dir"):
         if not getattr(config, name):
             raise InputError(f"--{name} is missing")
