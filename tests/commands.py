@@ -17,6 +17,7 @@ SCRIPTS = {
     "run_step3.sh": "step3_tppo.main",
     "evaluate.sh": "common.evaluation.evaluate",
     "reproduce.sh": "study.main",
+    "convert_checkpoint.sh": "common.engine.universal",
 }
 _ALWAYS = {"config", "debug", "help"}
 # What `launch` in scripts/environment.sh takes out of the flags, and torchrun's and deepspeed's own.
@@ -24,9 +25,10 @@ LAUNCHER = {"num_gpus", "num_nodes", "hostfile", "include", "exclude", "master_a
 
 
 def modules() -> list[str]:
-    """All modules that can be run with `python -m`."""
+    """All commands that can be run with `python -m`; a module that the scripts alone run reads `sys.argv` by place."""
     files = (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))
-    return [module_name(path) for path in files if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")]
+    ends = {path: path.read_text(encoding="utf-8").partition('if __name__ == "__main__":')[2] for path in files}
+    return [module_name(path) for path, end in ends.items() if end and "sys.argv[" not in end]
 
 
 def module_name(path: Path) -> str:
