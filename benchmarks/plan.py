@@ -12,6 +12,7 @@ written, but not yet run.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -79,7 +80,11 @@ CASES = {
 def main() -> None:
     """Measure every case, print and save predicted and measured MiB and their ratio."""
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # before ranks are started
-    names = sys.argv[1:] or list(CASES)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"Of {', '.join(CASES)}; none: all of them.")
+    names = parser.parse_args().names or list(CASES)
+    if unknown := set(names) - CASES.keys():
+        parser.error(f"no cases {', '.join(sorted(unknown))}")
     ranks = 1 if torch.cuda.is_available() else 2
     found: dict[str, Any] = {}
     for name in names:

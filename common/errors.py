@@ -71,7 +71,7 @@ def run_command(main: Callable[[], None]) -> None:
         kind, status = next((shown for known, shown in _FORESEEN.items() if isinstance(error, known)), (None, 1))
         message = f"{kind}: {error}" if kind else f"failed: {describe(error)}"
         if kind is None and not debug:
-            message += f". {DEBUG_FLAG} shows the traceback; it is kept in {keep_traceback(text, rank)}"
+            message += f". {DEBUG_FLAG} shows the traceback; it {keep_traceback(text, rank)}"
         print(f"{who}{message}", file=sys.stderr, flush=True)
         raise SystemExit(status) from None
 
@@ -103,21 +103,22 @@ def _advice(error: Exception) -> str:
     return ""
 
 
-def keep_traceback(text: str, rank: str) -> Path:
-    """Append a traceback to a file and return its path: in the run's folder, if --output_dir names one, else in TMPDIR.
+def keep_traceback(text: str, rank: str) -> str:
+    """Append a traceback to a file, in the run's folder, if --output_dir names one, else in TMPDIR; say where it is.
 
-    A folder that is not, or not yet, a run's is left as it is.
+    A folder that is not, or not yet, a run's is left as it is. What cannot be written is printed.
     """
     folder = _argument("--output_dir")
-    if folder is None or not (Path(folder) / RUN_CONFIG_NAME).is_file():
-        folder = tempfile.mkdtemp(prefix="tppo_")
-    path = Path(folder) / f"traceback_rank{rank}.txt"
     try:
+        if folder is None or not (Path(folder) / RUN_CONFIG_NAME).is_file():
+            folder = tempfile.mkdtemp(prefix="tppo_")
+        path = Path(folder) / f"traceback_rank{rank}.txt"
         with path.open("a", encoding="utf-8") as stream:
             stream.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC  {' '.join(sys.argv)}\n{text}\n")
-    except OSError:  # the disk may be what failed
+    except OSError as error:  # the disk may be what failed
         print(text, end="", file=sys.stderr)
-    return path
+        return f"stands above, for it could not be kept ({one_line(error)})"
+    return f"is kept in {path}"
 
 
 def _argument(flag: str) -> str | None:

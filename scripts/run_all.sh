@@ -54,7 +54,11 @@ done
 for log in ${logs[@]+"${logs[@]}"}; do
     [ -e "$log" ] || { echo "error: $log: no such log" >&2; exit 2; }
 done
-case "$annotator" in *.py:*) [ -f "${annotator%:*}" ] || { echo "error: ${annotator%:*}: no such file" >&2; exit 2; } ;; esac
+case "$annotator" in
+    ""|simulated|lexical|llm) ;;
+    *.py:*) [ -f "${annotator%:*}" ] || { echo "error: ${annotator%:*}: no such file" >&2; exit 2; } ;;
+    *) echo "error: --annotator $annotator is none of simulated, lexical, llm, nor of the form FILE.py:FUNCTION" >&2; exit 2 ;;
+esac
 if [ ${#logs[@]} -eq 0 ]; then
     run_name="${run_name:-demo}" annotator="${annotator:-simulated}"
 else

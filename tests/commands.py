@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("common", "step1_sft", "step2_token_reward", "step3_tppo", "baselines", "study", "benchmarks")
+PACKAGES = ("common", "step1_sft", "step2_token_reward", "step3_tppo", "baselines", "study", "benchmarks", "scripts")
 # What a script hands its flags to, beside those of its own.
 SCRIPTS = {
     "convert_checkpoint.sh": "common.engine.universal",
@@ -18,6 +18,7 @@ SCRIPTS = {
     "run_step3.sh": "step3_tppo.main",
     "evaluate.sh": "common.evaluation.evaluate",
     "reproduce.sh": "study.main",
+    "convert_checkpoint.sh": "common.engine.universal",
 }
 STEPS = ("step1_sft.main", "step2_token_reward.main", "step3_tppo.main")
 _ALWAYS = {"config", "debug", "help"}
@@ -26,9 +27,10 @@ LAUNCHER = {"num_gpus", "num_nodes", "hostfile", "include", "exclude", "master_a
 
 
 def modules() -> list[str]:
-    """All modules that can be run with `python -m`."""
+    """All commands that can be run with `python -m`; a module that the scripts alone run reads `sys.argv` by place."""
     files = (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))
-    return [module_name(path) for path in files if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")]
+    ends = {path: path.read_text(encoding="utf-8").partition('if __name__ == "__main__":')[2] for path in files}
+    return [module_name(path) for path, end in ends.items() if end and "sys.argv[" not in end]
 
 
 def module_name(path: Path) -> str:
@@ -37,8 +39,11 @@ def module_name(path: Path) -> str:
 
 
 def config_of(module: str) -> type | None:
-    """The dataclass that a command fills from its flags; None for one that reads its flags itself."""
-    found = re.search(r"parse_config\((\w+)\)", source(module))
+    """The dataclass that a command, or the `main` that it imports, fills; None for one that reads its flags itself."""
+    text = source(module)
+    if imported := re.search(r"^from ([\w.]+) import main$", text, re.MULTILINE):
+        return config_of(imported[1])
+    found = re.search(r"parse_config\((\w+)\)", text)
     return getattr(importlib.import_module(module), found[1]) if found else None
 
 
@@ -51,11 +56,21 @@ def flags_of(module: str) -> set[str]:
     if module == "scripts.plan":  # beside its own, those of the step that is planned
         return set(re.findall(r'"--(\w+)"', source(module))).union(*map(flags_of, STEPS))
     config = config_of(module)
-    if config is None:
-        switches = re.findall(r"read_switches\(__doc__, (\w+)=", source(module))
-        return {*switches, *re.findall(r'"--(\w+)"', source(module)), "help"}
+    if config is not None:
+        return fields_of(config) | _ALWAYS
+    switches = re.findall(r"read_switches\(__doc__, (\w+)=", source(module))
+    flags = {*switches, *re.findall(r'"--(\w+)"', source(module))}
+    # One that hands the rest of its flags to a config, chosen by one of its own (scripts/plan.py).
+    if "parse_known_args" in source(module):
+        configs = [value for name, value in vars(importlib.import_module(module)).items() if name.endswith("Config")]
+        flags |= _ALWAYS.union(*map(fields_of, configs))
+    return flags | {"help"}
+
+
+def fields_of(config: type) -> set[str]:
+    """The flags that a config dataclass takes."""
     fields = dataclasses.fields(config)
-    return {field.name for field in fields} | {f"no_{f.name}" for f in fields if f.default is True} | _ALWAYS
+    return {field.name for field in fields} | {f"no_{field.name}" for field in fields if field.default is True}
 
 
 @cache

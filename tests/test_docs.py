@@ -102,6 +102,12 @@ def test_every_command_of_a_page_exists_and_takes_the_flags_that_it_is_given(pag
     assert not problems
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page != ROOT / "README.md"], ids=lambda page: page.name)
+def test_presets_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(r"[\w/]+/configs/\w+\.yaml", page.read_text(encoding="utf-8"))
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
 def texts(module: str) -> Iterator[str]:
     """Every text in a module's source, with a word in the place of each value that is put in."""
     for node in ast.walk(ast.parse(source(module))):
@@ -113,7 +119,7 @@ def texts(module: str) -> Iterator[str]:
 
 def test_the_commands_that_commands_end_with_exist_and_take_their_flags() -> None:
     every = "\n".join(text for module in modules() for text in texts(module))
-    told = re.findall(r"^next: +(.*)", every, re.MULTILINE)
+    told = re.findall(r"^next: +((?:python|bash|deepspeed) .*)", every, re.MULTILINE)
     problems = {line: found for line in told for words in commands(line) if (found := problem_with(words))}
     assert len(told) >= 10 and not problems
 

@@ -91,6 +91,7 @@ def test_a_full_disk_does_not_lose_the_traceback(tmp_path: Path) -> None:
     ended = run("{}['missing']", 1, "--output_dir", str(tmp_path))
     assert ended.returncode == 1
     assert "Traceback (most recent call last)" in ended.stderr and "failed: KeyError: 'missing'" in ended.stderr
+    assert "; it stands above, for it could not be kept (" in ended.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("flags", "environment"), [(("--debug",), {}), ((), {"TPPO_DEBUG": "1"})])

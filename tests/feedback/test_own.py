@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,11 +13,13 @@ import pytest
 from common.data.records import Event
 from common.errors import InputError
 from common.feedback.annotator import FeedbackItem
-from common.feedback.load import check_annotator_name, load_annotator
+from common.feedback.llm.options import EndpointOptions
+from common.feedback.load import check_annotator_name, load_annotator, open_annotator
 from common.feedback.own import OwnAnnotator
 from common.files import write_jsonl
 from step2_token_reward.label import main
 from step3_tppo.config import Step3Config
+from tests.commands import ROOT
 from tests.labelled_samples import sample
 
 # 2 for a word of a click's title, 1 for a word of a search, 0 for others.
@@ -123,6 +126,14 @@ def test_an_own_function_has_a_place_where_annotators_have_names(tmp_path: Path)
         load_annotator("missing.py:score")
     with pytest.raises(InputError, match="takes neither --truth"):
         load_annotator("missing.py:score", truth_path="truth.jsonl")
+    (tmp_path / "my_scores.py").write_text(SCORE)
+    place, settings = f"{tmp_path / 'my_scores.py'}:score", {"truth_path": "", "seed": 0, "template": "", "answers": ""}
+    with open_annotator(place, endpoint=EndpointOptions(), **settings) as opened:
+        assert isinstance(opened, OwnAnnotator)
+    with pytest.raises(InputError, match="asks no language model"), open_annotator(
+        place, endpoint=EndpointOptions(base_url="http://localhost:1/v1"), **settings
+    ):
+        pass
     check_annotator_name("a/b.py:score", "annotator", known=("lexical",))
     for name in ("oracle", "b.py", "b.py:", "b.py:my score", "b.txt:score"):
         with pytest.raises(InputError, match=r"is none of lexical, nor of the form FILE\.py:FUNCTION"):
@@ -131,3 +142,17 @@ def test_an_own_function_has_a_place_where_annotators_have_names(tmp_path: Path)
     Step3Config(**paths, monitor="my_scores.py:score").validate(world_size=1)
     with pytest.raises(InputError, match="--monitor 'llm' is none of simulated, lexical, nor"):
         Step3Config(**paths, monitor="llm").validate(world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("oracle", "--annotator oracle is none of simulated, lexical, llm, nor of the form FILE.py:FUNCTION"),
+        ("missing.py:score", "missing.py: no such file"),
+    ],
+)
+def test_the_main_job_refuses_an_annotator_that_is_none_before_it_begins(name: str, message: str) -> None:
+    command = ["bash", "scripts/run_all.sh", "--run_name", "refused", "--annotator", name]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert ran.returncode == 2 and message in ran.stderr
+    assert not (ROOT / "outputs" / "refused").exists()
