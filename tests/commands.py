@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("common", "step1_sft", "step2_token_reward", "step3_tppo", "baselines", "study", "benchmarks", "scripts")
 # What a script hands its flags to, beside those of its own.
 SCRIPTS = {
-    "convert_checkpoint.sh": "common.engine.universal",
     "run_step1.sh": "step1_sft.main",
     "run_step2.sh": "step2_token_reward.main",
     "run_step3.sh": "step3_tppo.main",
