@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from transformers import HfArgumentParser
 
+from common.command_help import GroupedParser
 from common.errors import InputError, one_line
 
 Config = TypeVar("Config")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with a default and the help text that `--help` shows."""
+    """A dataclass field with a default and the help text that `--help` shows; `group` begins a heading there."""
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
@@ -44,16 +44,30 @@ class ModelOptions:
     dtype: str = option("fp32", "Training precision; fp32 is the one for CPU ranks.", choices=["fp32", "bf16"])
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     trust_remote_code: bool = option(False, "Run model code from the hub. Only for repositories that you trust.")
+    liger: bool = option(False, "Liger's kernels for norms, MLPs and rotary positions (CUDA), checked at start.")
 
 
 @dataclasses.dataclass
 class LoraOptions:
-    """Adapters instead of full fine-tuning (peft)."""
+    """Adapters instead of full fine-tuning (peft, docs/adapters.md)."""
 
     lora_r: int = option(0, "Rank of the LoRA adapters; 0 trains all weights.")
     lora_alpha: int = option(16, "LoRA scale: the update is multiplied by lora_alpha / lora_r.")
+    lora_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_r), for high ranks (Kalajdzievski 2023).")
+    lora_dora: bool = option(False, "Learn each weight's magnitude apart from its direction (DoRA, Liu et al. 2024).")
     lora_dropout: float = option(0.0, "Dropout on the adapters' input. Keep 0 in step 3: log-probs must repeat.")
     lora_target_modules: str = option("all-linear", "Modules that get adapters: peft's name, or names with commas.")
+    quantize: str = option(
+        "none", "The frozen weights under the adapters in 4 bits (QLoRA, Dettmers et al. 2023); CUDA, ZeRO 0 to 2.",
+        choices=["none", "nf4"],
+    )
+
+
+@dataclasses.dataclass
+class OptimizerOptions:
+    """What an optimiser's step runs on."""
+
+    fused_adam: bool = option(False, "torch's fused AdamW: one kernel for all weights instead of one each.")
 
 
 @dataclasses.dataclass
@@ -77,8 +91,7 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None) -> C
     argv = list(sys.argv[1:] if argv is None else argv)
     # The deepspeed launcher appends this flag; ranks are read from the environment instead.
     argv = [token for token in argv if not token.startswith("--local_rank=")]
-    parser = _Parser(config_class, allow_abbrev=False, description=config_class.__doc__)
-    parser.add_argument("--config", help="YAML file with any of the keys below; flags win over it.")
+    parser = _Parser(config_class)
     known = [field.name for field in dataclasses.fields(config_class)]
     if not {"-h", "--help"} & set(argv):
         argv = _yaml_tokens(argv, known) + argv
@@ -88,7 +101,7 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None) -> C
     return config
 
 
-class _Parser(HfArgumentParser):
+class _Parser(GroupedParser):
     """Raises `InputError` where argparse prints its whole usage."""
 
     def error(self, message: str) -> NoReturn:

@@ -5,19 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.config import LoraOptions, option
+from common.engine.adapters import check_adapters
 from common.engine.trainer_options import TrainerOptions, check_trainer_options
 from common.errors import InputError
-from common.models.loading import check_attention
 
 
 @dataclass
 class SftConfig(LoraOptions, TrainerOptions):
     """Step 1: supervised fine-tuning of a language model on histories and the queries that followed them."""
 
-    model_name_or_path: str = option("", "Base model: a folder or a hub name, any AutoModelForCausalLM.")
+    model_name_or_path: str = option(
+        "", "Base model: a folder or a hub name, any AutoModelForCausalLM.", group="model and data",
+    )
     pad_token: str = option("", "Pad token where the tokenizer has none: 'eos', or a token of its vocabulary.")
     data_dir: str = option("", "Folder with train.jsonl and dev.jsonl.")
-    prompt_template: str = option("plain", "'plain', 'compact', 'chat' (the model's own), or a template file.")
+    prompt_template: str = option(
+        "plain", "'plain', 'compact', 'chat' (the model's own), or a template file.", group="prompts and responses",
+    )
     num_queries: int = option(3, "Queries a response (paper: 3 for AOL, 10 for the industrial log).")
     max_prompt_tokens: int = option(512, "Token budget of a prompt; the oldest events are left out.")
     max_response_tokens: int = option(64, "Longest response with EOS; examples that are longer are left out.")
@@ -28,7 +32,6 @@ class SftConfig(LoraOptions, TrainerOptions):
 
 def check_config(config: SftConfig) -> None:
     """Raise `InputError` for settings that cannot work, here or anywhere, before anything is loaded."""
-    check_attention(config.attn_implementation, config.dtype)
     for name in ("model_name_or_path", "data_dir", "output_dir"):
         if not getattr(config, name):
             raise InputError(f"--{name} is missing")
@@ -38,3 +41,4 @@ def check_config(config: SftConfig) -> None:
     if config.prompt_loss_weight < 0:
         raise InputError(f"--prompt_loss_weight must not be negative, but is {config.prompt_loss_weight}")
     check_trainer_options(config)
+    check_adapters(config)

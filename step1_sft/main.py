@@ -13,7 +13,7 @@ from common.config import parse_config
 from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
-from common.engine.trainer import newest_checkpoint, run_callbacks
+from common.engine.trainer import newest_checkpoint, prepare_to_load, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
 from common.engine.watchdog import Watchdog
 from common.errors import run_rank_command
@@ -23,6 +23,7 @@ from common.models.loading import (
     apply_lora,
     causal_lm_skeleton,
     check_lengths,
+    check_machine,
     check_vocabulary,
     load_causal_lm,
     load_tokenizer,
@@ -37,6 +38,7 @@ def main() -> None:
     """Fine-tune `model_name_or_path` on the responses of the train examples; write `<output_dir>/model`."""
     config = parse_config(SftConfig)
     check_config(config)
+    check_machine(config.model_name_or_path, config, config.quantize)
     start = time.monotonic()
     distributed.start()
     distributed.seed_everything(config.seed)
@@ -53,9 +55,10 @@ def main() -> None:
     args = training_arguments(config, train_sampling_strategy="group_by_length")
     distributed.on_main_first(lambda: prepare_output(config))
     checkpoint = newest_checkpoint(args.output_dir)
+    prepare_to_load(checkpoint, args)
     announce(config, train, dev, checkpoint)
 
-    model = load_causal_lm(config.model_name_or_path, config)
+    model = load_causal_lm(config.model_name_or_path, config, config.quantize)
     check_vocabulary(model, tokenizer)
     watchdog = Watchdog(config.output_dir, config.hang_timeout)
     trainer = SftTrainer(
@@ -72,7 +75,7 @@ def main() -> None:
     )
     with watchdog:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    save(trainer, config)
+    save(trainer, builder, config)
     if distributed.rank() == 0:
         write_json(Path(config.output_dir) / "timings.json", {"step1_sft": round(time.monotonic() - start, 1)})
         print(closing_words(config), flush=True)
@@ -88,13 +91,13 @@ def announce(config: SftConfig, train: Rows, dev: Rows, checkpoint: Path | None)
     print(f"resuming from {checkpoint}" if checkpoint else f"starting from {config.model_name_or_path}", flush=True)
 
 
-def save(trainer: SftTrainer, config: SftConfig) -> None:
+def save(trainer: SftTrainer, builder: PromptBuilder, config: SftConfig) -> None:
     """Write the model folder on rank 0; all ranks give their shards."""
     weights = trainer.whole_weights()
-    generation = {"max_new_tokens": config.max_response_tokens, "do_sample": True}
+    generation = {"max_new_tokens": config.max_response_tokens, "do_sample": True, "top_k": 0}
     distributed.on_main_first(
         lambda: save_model_folder(
-            trainer.model, trainer.processing_class, Path(config.output_dir) / "model", generation, weights
+            trainer.model, builder.tokenizer, Path(config.output_dir) / "model", generation, weights, builder
         )
     )
 

@@ -14,13 +14,13 @@ from typing import Any
 
 from common.config import parse_config
 from common.engine import distributed
-from common.engine.trainer import newest_checkpoint, run_callbacks
+from common.engine.trainer import newest_checkpoint, prepare_to_load, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
 from common.engine.watchdog import Watchdog
 from common.errors import InputError, run_rank_command
 from common.feedback.labels import read_labels
 from common.files import write_json
-from common.models.loading import check_attention, has_attention, load_fast_tokenizer, no_attention
+from common.models.loading import check_machine, has_attention, load_fast_tokenizer, no_attention
 from common.models.reward_encoder import RewardEncoder
 from common.models.reward_losses import inverse_class_frequency
 from common.models.token_reward import (
@@ -38,7 +38,7 @@ def main() -> None:
     """Train a token classifier on labelled responses; write `<output_dir>/model`."""
     config = parse_config(Step2Config)
     check_config(config)
-    check_attention(config.attn_implementation, config.dtype)
+    check_machine(config.model_name_or_path, config)
     skeleton = token_classifier_skeleton(config.model_name_or_path, config)
     if not has_attention(skeleton, config.attn_implementation):
         raise InputError(f"{config.model_name_or_path}: {no_attention(skeleton, config.attn_implementation)}")
@@ -51,6 +51,7 @@ def main() -> None:
     args = training_arguments(config)
     distributed.on_main_first(lambda: prepare_output(config))
     checkpoint = newest_checkpoint(args.output_dir)
+    prepare_to_load(checkpoint, args)
 
     model = load_token_reward_model(config.model_name_or_path, config, config.bidirectional, config.heads)
     encoder = RewardEncoder(tokenizer, config.inputs, model)
@@ -131,7 +132,8 @@ def closing_words(config: Step2Config, metrics: dict[str, float | None]) -> str:
         f"model:       {output}/model\n"
         f"metrics:     {output}/metrics.json, {output}/metrics.jsonl\n"
         + (f"tensorboard: tensorboard --logdir {output}/tensorboard\n" if config.tensorboard else "")
-        + f"next:        bash scripts/run_step3.sh --reward_path {output}/model"
+        + f"next:        bash scripts/run_step3.sh --reward_path {output}/model --actor_path ... --data_dir ... "
+        "--config ... --output_dir ..."
     )
 
 

@@ -40,18 +40,20 @@ BATCHES_PER_PART = 4
 class SampleConfig(ModelOptions):
     """Step 2, first part: responses of the SFT model to the train and dev examples, gold targets among them."""
 
-    model_name_or_path: str = option("", "The SFT model: step 1's folder model/. Every rank holds it whole.")
+    model_name_or_path: str = option(
+        "", "The SFT model: step 1's folder model/. Every rank holds it whole.", group="model and data",
+    )
     pad_token: str = option("", "Pad token where the tokenizer has none: 'eos', or a token of its vocabulary.")
     data_dir: str = option("", "Folder with train.jsonl and dev.jsonl.")
     output_dir: str = option("", "Folder that gets samples.jsonl.")
     resume: bool = option(False, "Go on with the parts that a killed run left out.")
     overwrite: bool = option(False, "Replace the samples that output_dir holds.")
     seed: int = option(0, "Seed of the choice of examples, the responses and the corruptions.")
-    prompt_template: str = option("plain", "The template of step 1.")
+    prompt_template: str = option("plain", "The template of step 1.", group="prompts and responses")
     num_queries: int = option(3, "Queries a response, as in step 1.")
     max_prompt_tokens: int = option(512, "Token budget of a prompt, as in step 1.")
     max_response_tokens: int = option(64, "A response is cut off here; it then counts as not finished.")
-    samples_per_prompt: int = option(1, "Sampled responses an example.")
+    samples_per_prompt: int = option(1, "Sampled responses an example.", group="what is sampled")
     temperature: float = option(1.0, "1 samples the model itself, which is what step 3 will see.")
     gold: bool = option(True, "Also write the true next queries, as a response of origin 'gold'.")
     corrupt_share: float = option(

@@ -20,21 +20,25 @@ from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.engine import distributed
+from common.engine.environment import write_environment
 from common.errors import InputError, run_rank_command
 from common.feedback.load import load_annotator
 from common.files import claim_output_dir, write_json
-from common.models.loading import load_tokenizer
+from common.models.loading import check_machine, load_tokenizer
+from common.pages.drawing import draw_or_tell
+from common.pages.report import PAGE_NAME, write_report
 from step3_tppo.config import Step3Config
 from step3_tppo.export import export_models
 from step3_tppo.models import build_models
 from step3_tppo.monitor import RolloutMonitor
+from step3_tppo.planning import check_memory
 from step3_tppo.rollout import RolloutMaker, reward_options
 from step3_tppo.trainer import TPPOTrainer
 
 MAY_DIFFER_ON_RESUME = frozenset(
     {
         "output_dir", "resume", "overwrite", "total_steps", "save_steps", "keep_checkpoints", "sample_steps",
-        "tensorboard", "hang_timeout",
+        "tensorboard", "hang_timeout", "plan",
     }
 )
 
@@ -45,6 +49,9 @@ def main() -> None:
     config = parse_config(Step3Config)
     device = distributed.start()
     config.validate(distributed.world_size())
+    check_machine(config.actor_path, config, config.quantize)
+    check_machine(config.critic_path or config.actor_path, config)
+    check_memory(config, device)
     distributed.on_main_first(lambda: claim(config))
     distributed.seed_everything(config.seed)
 
@@ -61,12 +68,12 @@ def main() -> None:
     make_rollout = RolloutMaker(models, prompts, reward_options(config, length), config, device, judge)
     TPPOTrainer(config, models, make_rollout, examples, device, monitor).train()
 
-    export_models(models, tokenizer, config)
+    export_models(models, prompts, config)
     distributed.on_main_first(lambda: report(config, time.perf_counter() - begun))
 
 
 def claim(config: Step3Config) -> None:
-    """Take the output folder for this run, or refuse."""
+    """Take the output folder for this run, or refuse; note what it runs on."""
     claim_output_dir(
         config.output_dir,
         dataclasses.asdict(config),
@@ -74,6 +81,7 @@ def claim(config: Step3Config) -> None:
         overwrite=config.overwrite,
         may_differ=MAY_DIFFER_ON_RESUME,
     )
+    write_environment(config.output_dir, config)
 
 
 def median_query_tokens(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> int:
@@ -86,17 +94,22 @@ def median_query_tokens(tokenizer: PreTrainedTokenizerBase, examples: Sequence[E
 
 
 def report(config: Step3Config, seconds: float) -> None:
-    """Say where everything lies."""
+    """Draw the run's page and say where everything lies."""
     folder = Path(config.output_dir)
     write_json(folder / "timings.json", {"step3_tppo": round(seconds, 1)})
+    draw_or_tell(str(folder / PAGE_NAME), lambda: write_report(folder))
     print(
         f"\nstep 3 took {seconds:.0f} s\n"
         f"  tuned model   {folder / 'model'}\n"
         f"  critic        {folder / 'critic'}\n"
         f"  checkpoints   {folder / 'checkpoints'}\n"
         f"  metrics       {folder / 'metrics.jsonl'}\n"
+        f"  report        {folder / PAGE_NAME} (curves, warnings, sampled answers)\n"
         f"  TensorBoard   tensorboard --logdir {folder}\n"
-        "next: bash scripts/evaluate.sh",
+        f"next: bash scripts/evaluate.sh --data_dir {config.data_dir} --output_dir {folder}/evaluation "
+        f"--systems before={config.actor_path} tppo={folder / 'model'} --prompt_template {config.prompt_template} "
+        f"--max_prompt_tokens {config.max_prompt_tokens} --max_new_tokens {config.max_response_tokens} "
+        f"--num_queries {config.num_queries} --temperature {config.temperature:g}",
         flush=True,
     )
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from common.engine import distributed
@@ -61,11 +60,15 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
     skeleton = causal_lm_skeleton(config.actor_path, config)
     check_decodable(skeleton)
     check_lengths(skeleton.config, config.max_prompt_tokens + config.max_response_tokens)
-    load_policy = partial(load_causal_lm, config.actor_path, config, config=without_dropout(skeleton.config))
-    actor = _load(training, load_policy)
+
+    actor_config = without_dropout(skeleton.config)
+
+    def load_actor(quantize: str) -> PreTrainedModel:
+        return load_causal_lm(config.actor_path, config, quantize, actor_config)
+
+    # Adapters within the sharded loading too, because DoRA's magnitudes begin as the norms of whole weights.
+    actor = _load(training, lambda: apply_lora(load_actor(config.quantize), config))
     check_vocabulary(actor, tokenizer)
-    if config.lora_r > 0:
-        actor = apply_lora(actor, config)
     packed = config.packed == "true" or (config.packed == "auto" and config.attn_implementation == "flash_attention_2")
     critic = _load(training, lambda: load_value_model(config.critic_path or config.actor_path, config, packed))
     check_vocabulary(critic.trunk, tokenizer)
@@ -75,7 +78,7 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
         critic.gradient_checkpointing_enable()
     reference = None
     if config.lora_r == 0:
-        reference = _frozen(_load(frozen, load_policy), frozen)
+        reference = _frozen(_load(frozen, lambda: load_actor("none")), frozen)
     reward_options = _reward_options(config)
     scorer = _load(frozen, lambda: load_token_reward_scorer(config.reward_path, reward_options))
     models = Models(
@@ -125,8 +128,9 @@ def _sharded_loading(config: dict[str, Any]) -> Iterator[None]:
 def _trained(module: nn.Module, learning_rate: float, ds_config: dict[str, Any], config: Step3Config) -> HybridEngine:
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=(0.9, 0.95), eps=config.adam_epsilon, weight_decay=config.weight_decay
-    )
+        parameters, lr=learning_rate, betas=(0.9, 0.95), eps=config.adam_epsilon, weight_decay=config.weight_decay,
+        fused=config.fused_adam or None,  # None lets torch choose between its other two ways
+    )  # fmt: skip
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
     return HybridEngine(engine)
 

@@ -15,12 +15,13 @@ from baselines.dpo.trainer import DpoTrainer, add_reference
 from common.config import parse_config
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
-from common.engine.trainer import newest_checkpoint, run_callbacks
+from common.engine.trainer import newest_checkpoint, prepare_to_load, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
 from common.engine.watchdog import Watchdog
 from common.errors import run_rank_command
 from common.feedback.labels import read_labels
 from common.models.loading import (
+    check_machine,
     check_vocabulary,
     load_causal_lm,
     load_model_config,
@@ -34,6 +35,7 @@ def main() -> None:
     """Tune `model_name_or_path` on preference pairs; write `<output_dir>/model`."""
     config = parse_config(DpoConfig)
     check_config(config)
+    check_machine(config.model_name_or_path, config)
     device = distributed.start()
     distributed.seed_everything(config.seed)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, config.pad_token)
@@ -51,6 +53,7 @@ def main() -> None:
     policy_config = load_model_config(config.model_name_or_path, config.trust_remote_code)
     args = training_arguments(config)
     checkpoint = newest_checkpoint(args.output_dir)
+    prepare_to_load(checkpoint, args)
     watchdog = Watchdog(config.output_dir, config.hang_timeout)
     trainer = DpoTrainer(
         model=load_causal_lm(config.model_name_or_path, config, config=without_dropout(policy_config)),
@@ -69,8 +72,16 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     weights = trainer.whole_weights()
     folder = Path(config.output_dir) / "model"
-    distributed.on_main_first(lambda: save_model_folder(trainer.model, tokenizer, folder, {"do_sample": True}, weights))
-    distributed.on_main_first(lambda: print(f"{len(train)} pairs; model: {folder}", flush=True))
+    settings = {"do_sample": True, "top_k": 0}
+    distributed.on_main_first(
+        lambda: save_model_folder(trainer.model, tokenizer, folder, settings, weights, builder)
+    )
+    closing_words = (
+        f"{len(train)} pairs; model: {folder}\n"
+        f"next: bash scripts/evaluate.sh --systems before={config.model_name_or_path} dpo={folder} --data_dir ... "
+        "--output_dir ..."
+    )
+    distributed.on_main_first(lambda: print(closing_words, flush=True))
 
 
 if __name__ == "__main__":

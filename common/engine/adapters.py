@@ -1,13 +1,48 @@
-"""LoRA adapters merged into the weights while a model generates, and taken out again to the last bit."""
+"""LoRA adapters: settings that go together, and adapters merged into the weights while a model generates, and taken out
+again to the last bit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from common.engine.deepspeed_config import EngineOptions, zero_stage
+from common.errors import InputError
+from common.models.quantization import is_packed
+
+
+class AdapterOptions(EngineOptions, Protocol):
+    """The flags read here: `LoraOptions`, and what DeepSpeed's settings are made of."""
+
+    lora_r: int
+    lora_rslora: bool
+    lora_dora: bool
+    quantize: str
+
+
+def check_adapters(options: AdapterOptions) -> None:
+    """Raise `InputError` for settings of adapters that cannot work together, on any machine."""
+    if options.lora_r < 0:
+        raise InputError(f"--lora_r is the rank of the adapters, 0 for none, not {options.lora_r}")
+    for flag in ("lora_rslora", "lora_dora"):
+        if getattr(options, flag) and options.lora_r == 0:
+            raise InputError(f"--{flag} is for adapters and there are none; add --lora_r 16")
+    if options.quantize == "none":
+        return
+    if options.lora_r == 0:
+        raise InputError(f"--quantize {options.quantize} freezes the weights, so adapters must learn; add --lora_r 16")
+    if options.dtype != "bf16":
+        raise InputError(f"--quantize {options.quantize} computes in bf16, not {options.dtype}; add --dtype bf16")
+    if zero_stage(options) == 3:
+        raise InputError(
+            f"--quantize {options.quantize} keeps the 4-bit weights whole on every rank, which ZeRO-3 would shard; use "
+            "--zero_stage 2 (optimizer states and gradients of the adapters are sharded all the same)"
+        )
 
 
 @contextmanager
@@ -17,9 +52,10 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     Each decoding pass would run the adapters' small matrices beside every layer otherwise. peft merges in place and
     takes a difference off again, which leaves rounding behind in the frozen weights, more with every rollout: here it
     merges into copies (so one copy of the adapted layers is held meanwhile), and the weights themselves come back,
-    untouched, also after an exception. Every weight must be whole on this rank.
+    untouched, also after an exception. Every weight must be whole on this rank. Over packed (4-bit) weights adapters
+    stay beside their layers: merging would round the sum to 4 bits, so that another policy generated.
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer) and not _over_packed(module)]
     kept: list[tuple[nn.Parameter, torch.Tensor]] = []
     try:
         for layer in layers:
@@ -33,3 +69,7 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
             layer.merged_adapters.clear()
         for parameter, weight in kept:
             parameter.data = weight
+
+
+def _over_packed(layer: BaseTunerLayer) -> bool:
+    return any(is_packed(parameter) for parameter in layer.get_base_layer().parameters(recurse=False))

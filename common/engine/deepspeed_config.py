@@ -60,6 +60,12 @@ def inference_config(options: EngineOptions, *, world_size: int) -> dict[str, An
     return config | {"train_micro_batch_size_per_gpu": 1, "train_batch_size": world_size}
 
 
+def zero_stage(options: EngineOptions) -> int:
+    """The ZeRO stage that the flags, or the user's own file, ask for."""
+    base = _read(options.deepspeed_config) if options.deepspeed_config else _common(options)
+    return base.get("zero_optimization", {}).get("stage", 0)
+
+
 def _common(options: EngineOptions) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": options.zero_stage}
     if options.offload == "all" and options.zero_stage != 3:

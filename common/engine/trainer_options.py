@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from common.config import ModelOptions, RunOptions, ZeroOptions, option
+from common.config import ModelOptions, OptimizerOptions, RunOptions, ZeroOptions, option
 from common.engine.deepspeed_config import trainer_deepspeed_config
+from common.engine.environment import write_environment
 from common.engine.trainer import remove_incomplete_checkpoints
 from common.errors import InputError
 from common.files import claim_output_dir
@@ -20,15 +21,17 @@ MAY_DIFFER = frozenset(
     {
         "output_dir", "resume", "overwrite", "tensorboard", "save_total_limit", "logging_steps",
         "per_device_eval_batch_size", "hang_timeout",
+        # As long as the sequences an optimiser step stay the same (`prepare_to_load`).
+        "per_device_train_batch_size", "gradient_accumulation_steps",
     }
 )
 
 
 @dataclass
-class TrainerOptions(ZeroOptions, ModelOptions, RunOptions):
+class TrainerOptions(ZeroOptions, OptimizerOptions, ModelOptions, RunOptions):
     """How a Trainer trains; a step's own config gives other defaults where it needs them."""
 
-    learning_rate: float = option(2e-5, "Peak learning rate of AdamW.")
+    learning_rate: float = option(2e-5, "Peak learning rate of AdamW.", group="training")
     num_train_epochs: float = option(2.0, "Passes over the training data (paper: 2).")
     max_steps: int = option(0, "Stop after this many optimiser steps; 0 goes by num_train_epochs.")
     per_device_train_batch_size: int = option(4, "Sequences a rank and a micro-batch.")
@@ -40,7 +43,9 @@ class TrainerOptions(ZeroOptions, ModelOptions, RunOptions):
     )
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
-    logging_steps: int = option(10, "Steps between two points of the training curves.")
+    logging_steps: int = option(
+        10, "Steps between two points of the training curves.", group="logging, evaluation, checkpoints",
+    )
     eval_steps: int = option(200, "Steps between two evaluations on held-out users; there is one at the end.")
     save_steps: int = option(200, "Steps between two checkpoints; there is one at the end.")
     hang_timeout: float = option(
@@ -67,7 +72,8 @@ def check_trainer_options(options: TrainerOptions) -> None:
 
 
 def prepare_output(options: TrainerOptions) -> None:
-    """Claim the run's folder, and delete what a killed run left half written there. Call on one process.
+    """Claim the run's folder, delete what a killed run left half written there, and note what this one runs on. Call on
+    one process.
 
     Raises `InputError` where `claim_output_dir` does.
     """
@@ -75,6 +81,7 @@ def prepare_output(options: TrainerOptions) -> None:
         options.output_dir, asdict(options), resume=options.resume, overwrite=options.overwrite, may_differ=MAY_DIFFER
     )
     remove_incomplete_checkpoints(output_dir / "checkpoints")
+    write_environment(output_dir, options)
 
 
 def training_arguments(options: TrainerOptions, **extra: Any) -> TrainingArguments:
@@ -90,7 +97,7 @@ def training_arguments(options: TrainerOptions, **extra: Any) -> TrainingArgumen
         warmup_steps=options.warmup_ratio,  # below 1 it is a share of all steps
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
-        optim="adamw_torch",
+        optim="adamw_torch_fused" if options.fused_adam else "adamw_torch",
         num_train_epochs=options.num_train_epochs,
         max_steps=options.max_steps or -1,
         per_device_train_batch_size=options.per_device_train_batch_size,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,10 +22,14 @@ from transformers import (
 
 from common.alignment import TokenDecoder
 from common.config import LoraOptions, ModelOptions
+from common.data.prompt_settings import save_prompt_settings, serving_tokenizer
+from common.data.prompts import PromptBuilder
 from common.errors import InputError
+from common.models.kernels import apply_liger, check_attention, check_liger
+from common.models.quantization import check_quantization, is_packed, quantization_config, unpacked_state
 
 ADAPTER_FOLDER = "adapter"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": "auto"}  # auto: as the folder says
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False, pad_token: str = "") -> PreTrainedTokenizerBase:
@@ -115,13 +118,27 @@ def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def load_causal_lm(path: str, options: ModelOptions, config: PreTrainedConfig | None = None) -> PreTrainedModel:
-    """The language model under `path` (folder or hub name), on the CPU, or sharded where ZeRO-3 has been set up.
+def check_machine(path: str, options: ModelOptions, quantize: str = "none") -> None:
+    """Raise `InputError` unless the kernels that `options` choose and `quantize` can run here on the model at `path`.
 
-    `config` takes the place of the one in the folder. Raises `InputError` when it is no causal language model, lacks
-    weights, or its attention kernel cannot run here.
+    Reads its configuration alone, and that only where a kernel depends on it.
     """
     check_attention(options.attn_implementation, options.dtype)
+    check_quantization(quantize)
+    if options.liger:
+        check_liger(load_model_config(path, options.trust_remote_code).model_type)
+
+
+def load_causal_lm(
+    path: str, options: ModelOptions, quantize: str = "none", config: PreTrainedConfig | None = None
+) -> PreTrainedModel:
+    """The language model under `path` (folder or hub name), on the CPU, or sharded where ZeRO-3 has been set up.
+
+    With `quantize` (`LoraOptions`) its linear layers but the head in 4 bits, on the GPU. `config` takes the place of
+    the one in the folder. Raises `InputError` when it is no causal language model, lacks weights, or its kernels cannot
+    run here.
+    """
+    check_machine(path, options, quantize)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
@@ -129,6 +146,7 @@ def load_causal_lm(path: str, options: ModelOptions, config: PreTrainedConfig | 
             dtype=DTYPES[options.dtype],
             attn_implementation=options.attn_implementation,
             trust_remote_code=options.trust_remote_code,
+            quantization_config=quantization_config(quantize),
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -139,22 +157,9 @@ def load_causal_lm(path: str, options: ModelOptions, config: PreTrainedConfig | 
             f"{path}: no trained causal language model, {len(missing)} of its weights are missing ({missing[0]}, ...); "
             "give a model that was trained to generate"
         )
+    if options.liger:
+        apply_liger(model)
     return model
-
-
-def check_attention(implementation: str, dtype: str) -> None:
-    """Raise `InputError` unless this machine can run the attention kernel in this precision."""
-    if implementation != "flash_attention_2":
-        return
-    if not torch.cuda.is_available():
-        raise InputError("--attn_implementation flash_attention_2 needs a CUDA GPU and there is none; use sdpa")
-    if importlib.util.find_spec("flash_attn") is None:
-        raise InputError(
-            "--attn_implementation flash_attention_2 needs the flash-attn package "
-            "(pip install -r requirements-gpu.txt); or use sdpa"
-        )
-    if dtype != "bf16":
-        raise InputError(f"--attn_implementation flash_attention_2 computes in bf16, not {dtype}; add --dtype bf16")
 
 
 def check_lengths(config: PreTrainedConfig, max_tokens: int) -> None:
@@ -191,6 +196,8 @@ def apply_lora(model: PreTrainedModel, options: LoraOptions) -> PreTrainedModel 
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
+        use_rslora=options.lora_rslora,
+        use_dora=options.lora_dora,
         target_modules=names if names == "all-linear" else [name.strip() for name in names.split(",")],
     )
     try:
@@ -205,32 +212,44 @@ def save_model_folder(
     path: str | Path,
     generation: Mapping[str, Any],
     state_dict: Mapping[str, torch.Tensor] | None = None,
+    prompts: PromptBuilder | None = None,
 ) -> Path:
     """Write a complete Hugging Face folder: safetensors, tokenizer, and a generation config with EOS and pad ids.
 
     A model with LoRA adapters is saved merged, so that the folder loads like any other, and its adapters alone in the
-    subfolder `adapter`. `generation` holds further settings (`max_new_tokens`, ...). `state_dict` are the whole
-    weights where the model's own are sharded. The folder appears under `path` only once it is complete, in the place
-    of an earlier one. Call it on one process; `model` is left as it was. Returns `path`.
+    subfolder `adapter`, with tokenizer and generation config; 4-bit weights are unpacked for it. `generation` holds
+    further settings (`max_new_tokens`, ...). `state_dict` are the whole weights where the model's own are sharded.
+    `prompts` is how the model was asked in training: it is recorded, and the tokenizer gets the chat template that
+    gives the same ids (`common.data.prompt_settings`). The folder appears under `path` only once it is complete, in the
+    place of an earlier one. Call it on one process; `model` is left as it was. Returns `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    generation_config = GenerationConfig(**special, **generation)
     if isinstance(model, PeftModel):
+        adapter = temporary / ADAPTER_FOLDER
+        if any(map(is_packed, model.parameters())):
+            state_dict = unpacked_state(model)
         state_dict = state_dict or model.state_dict()
-        model.save_pretrained(str(temporary / ADAPTER_FOLDER), state_dict=dict(state_dict))
+        model.save_pretrained(str(adapter), state_dict=dict(state_dict))
+        tokenizer.save_pretrained(adapter)
+        generation_config.save_pretrained(adapter)
         model, state_dict = _merged(model, state_dict), None
     if state_dict is not None:
         # Gathered copies no longer look tied, and would be written twice.
         state_dict = {name: value for name, value in state_dict.items() if name not in model.all_tied_weights_keys}
     model.save_pretrained(temporary, state_dict=state_dict)
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = copy.deepcopy(model.config)
     # Training turns the cache off in the configuration; whoever loads the folder wants it.
     config.update({**special, "use_cache": True})
     config.save_pretrained(temporary)
-    GenerationConfig(**special, **generation).save_pretrained(temporary)
+    generation_config.save_pretrained(temporary)
+    if prompts is not None:
+        save_prompt_settings(prompts, temporary)
+        tokenizer = serving_tokenizer(prompts)
     tokenizer.save_pretrained(temporary)
     return _replace_folder(temporary, path)
 
@@ -242,8 +261,11 @@ def _merged(model: PeftModel, state_dict: Mapping[str, torch.Tensor]) -> PreTrai
     sharded, and may have to go on training with its adapters apart.
     """
     base = model.get_base_model()
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # what `state_dict` holds is unpacked
     with torch.device("meta"):
-        skeleton = get_peft_model(type(base)(copy.deepcopy(base.config)), copy.deepcopy(model.peft_config["default"]))
+        skeleton = get_peft_model(type(base)(config), copy.deepcopy(model.peft_config["default"]))
     skeleton.load_state_dict(dict(state_dict), assign=True)
     skeleton.get_base_model().tie_weights()
     # safe_merge adds into copies instead of in place, which would reach the tensors of `state_dict`.

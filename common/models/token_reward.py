@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,8 @@ from common.data.prompts import CHAT, TEMPLATE_DIR
 from common.data.records import Event
 from common.errors import InputError, TrainingDiverged, one_line
 from common.files import read_json, write_json
-from common.models.loading import DTYPES, check_attention, load_fast_tokenizer, load_model_config
+from common.models.kernels import apply_liger
+from common.models.loading import DTYPES, check_machine, load_fast_tokenizer, load_model_config
 from common.models.query_score import QueryRule, compose_query_scores
 from common.models.reward_encoder import EncodedResponse, RewardEncoder, RewardInputOptions
 from common.models.reward_losses import MAX_SCORE, judges_words, predicted_sentences, without_class_weights
@@ -137,7 +138,7 @@ def load_token_reward_model(
     Raises `InputError` for a model without a token classifier, without trained weights, with an attention kernel that
     cannot run, or for `bidirectional` on a model that is no decoder.
     """
-    check_attention(options.attn_implementation, options.dtype)
+    check_machine(path, options)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
         names = output_names(heads)
@@ -165,6 +166,8 @@ def load_token_reward_model(
     _check_trunk(path, model, report)
     if reads_both_ways(model):
         _switch_off_causality(path, model)
+    if options.liger:
+        apply_liger(model)
     return model
 
 
@@ -201,7 +204,8 @@ def load_token_reward_scorer(path: str, options: ModelOptions) -> TokenRewardMod
     if settings.prompt_template == TEMPLATE_NAME:
         settings = RewardInputOptions(**asdict(settings) | {"prompt_template": str(folder / TEMPLATE_NAME)})
     heads = saved.get("heads", "token")
-    model = load_token_reward_model(path, options, heads=heads)
+    # Liger's kernels are for what is trained, and the encoder may be of a family that has none.
+    model = load_token_reward_model(path, replace(options, liger=False), heads=heads)
     tokenizer = load_fast_tokenizer(path, options.trust_remote_code)
     class_weights = saved.get("class_weights") if heads == "token" else None
     rule = QueryRule(**saved["query_rule"]) if saved.get("query_rule") else None

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from common.config import ModelOptions
-from common.models.loading import without_dropout
+from common.models.kernels import apply_liger
+from common.models.loading import check_machine, without_dropout
 from common.models.sequences import SequenceBatch, hidden_of_predictions, unflattened
 
 VALUE_HEAD_NAME = "value_head.safetensors"
@@ -48,6 +49,7 @@ def load_value_model(path: str | Path, options: ModelOptions, packed: bool = Fal
     The folder is a causal language model's, or a reward model's made of one: if that reads both ways, the critic does
     not, because a value may not know the tokens to come.
     """
+    check_machine(str(path), options)
     config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
     if getattr(config, "is_causal", True) is False:
         config.is_causal = True
@@ -59,6 +61,8 @@ def load_value_model(path: str | Path, options: ModelOptions, packed: bool = Fal
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
     )
+    if options.liger:
+        apply_liger(trunk)
     model = ValueModel(trunk, packed)
     model.value_head.to(dtype)
     return model

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
 from common.config import LoraOptions
+from common.engine.adapters import merged_adapters
 from common.engine.hybrid import HybridEngine
 from common.engine.memory import WeightMode, gathered_bytes, weights_that_fit
 from common.engine.offload import optimizer_tensors, resting_optimizers
@@ -172,9 +174,9 @@ class _Broken(Exception):
     pass
 
 
-def _adapters(rank: int, world_size: int, stage: int) -> dict[str, Any]:
+def _adapters(rank: int, world_size: int, stage: int, variant: dict[str, bool]) -> dict[str, Any]:
     """Rollouts with adapters merged, and every weight before and after, one rollout ending in an exception."""
-    model = apply_lora(tiny_llama(), LoraOptions(lora_r=4))
+    model = apply_lora(tiny_llama(), LoraOptions(lora_r=4, **variant))
     hybrid = HybridEngine(zero_engine(model, stage, learning_rate=0.1))
     for _ in range(3):
         _train(hybrid, rank)
@@ -185,6 +187,9 @@ def _adapters(rank: int, world_size: int, stage: int) -> dict[str, Any]:
             found["base"] = _plain_ids(hybrid.module)
         found["unmerged"] = _plain_ids(hybrid.module)  # adapters beside the layers
         found["merged"] = _ids(hybrid)
+        with merged_adapters(module):
+            found["ours"] = _adapted_weights(module)
+        found["peft's"] = _adapted_weights(copy.deepcopy(module).merge_and_unload())
         calls = []
         hook = module.get_base_model().lm_head.register_forward_hook(lambda *_: calls.append(1) or _break(calls))
         with pytest.raises(_Broken):
@@ -202,9 +207,20 @@ def _break(calls: list[int]) -> None:
         raise _Broken
 
 
+def _adapted_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights of the linear layers, by the names that they have without adapters."""
+    named = {name.replace(".base_layer", "").removeprefix("base_model.model."): value
+             for name, value in model.named_parameters() if "lora_" not in name}  # fmt: skip
+    return {name: value.detach().clone() for name, value in named.items() if "_proj" in name}
+
+
+@pytest.mark.parametrize("variant", [{}, {"lora_rslora": True}, {"lora_dora": True}], ids=str)
 @pytest.mark.parametrize("stage", [1, 3])
-def test_adapters_are_merged_for_the_rollout_and_leave_no_trace(stage: int) -> None:
-    for found in run_on_ranks(_adapters, 2, stage):
+def test_adapters_are_merged_for_the_rollout_and_leave_no_trace(stage: int, variant: dict[str, bool]) -> None:
+    for found in run_on_ranks(_adapters, 2, stage, variant):
+        assert len(found["ours"]) == 14 and found["ours"].keys() == found["peft's"].keys()
+        for name, weight in found["ours"].items():
+            assert torch.equal(weight, found["peft's"][name]), name
         assert found["merged"] == found["unmerged"] == found["again"] != found["base"]
         assert found["changed"] == []  # to the last bit
         assert all(torch.isfinite(torch.tensor(found["losses"])))

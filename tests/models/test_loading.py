@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 
 from common.config import LoraOptions, ModelOptions
 from common.errors import InputError
+from common.models.kernels import check_attention
 from common.models.loading import (
     apply_lora,
-    check_attention,
     check_lengths,
     check_vocabulary,
     load_causal_lm,
@@ -182,6 +182,30 @@ class TestLora:
         with pytest.raises(InputError, match="--lora_target_modules query"):
             apply_lora(tiny_llama(), LoraOptions(lora_r=2, lora_target_modules="query"))
 
+    @pytest.mark.parametrize(("rank_stabilised", "scale"), [(False, 12 / 9), (True, 12 / 3)])
+    def test_the_scale_is_alpha_over_r_or_over_its_root(self, rank_stabilised, scale):
+        model = apply_lora(tiny_llama(), LoraOptions(lora_r=9, lora_alpha=12, lora_rslora=rank_stabilised))
+        train_a_little(model)
+        state = {name.removeprefix("base_model.model."): value.clone() for name, value in model.state_dict().items()}
+        adapted = [name.removesuffix(".lora_A.default.weight") for name in state if ".lora_A." in name]
+        merged = model.merge_and_unload().state_dict()
+        assert len(adapted) == 14
+        for name in adapted:
+            parts = ("base_layer", "lora_A.default", "lora_B.default")
+            base, first, second = (state[f"{name}.{part}.weight"] for part in parts)
+            assert torch.allclose(merged[f"{name}.weight"], base + scale * second @ first, atol=1e-6)
+
+    def test_dora_begins_at_the_weights_and_learns_their_magnitudes(self):
+        model = apply_lora(tiny_llama(), LoraOptions(lora_r=2, lora_dora=True))
+        assert torch.allclose(logits(model), logits(tiny_llama()), atol=1e-5)
+        magnitudes = {name: value for name, value in model.named_parameters() if "lora_magnitude_vector" in name}
+        begun = {name: value.clone() for name, value in magnitudes.items()}
+        for name, weight in tiny_llama().named_parameters():
+            for magnitude in (value for key, value in begun.items() if f"{name.removesuffix('.weight')}.lora_m" in key):
+                assert torch.allclose(magnitude, weight.norm(dim=1))  # of each row, for every output (section 4)
+        train_a_little(model)
+        assert len(begun) == 14 and not any(torch.equal(magnitudes[name], value) for name, value in begun.items())
+
 
 class TestSaving:
     @pytest.mark.parametrize("tied", [True, False])
@@ -240,9 +264,10 @@ class TestSaving:
             save_model_folder(tiny_llama(seed=2), tokenizer, path, {})
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(path)), logits(first))
 
+    @pytest.mark.parametrize("variant", [{}, {"lora_rslora": True}, {"lora_dora": True}], ids=str)
     @pytest.mark.parametrize("gathered", [True, False], ids=["state_dict", "model"])
-    def test_lora_is_saved_merged_and_apart(self, tmp_path, gathered):
-        model = apply_lora(tiny_llama(), LoraOptions(lora_r=4))
+    def test_lora_is_saved_merged_and_apart(self, tmp_path, gathered, variant):
+        model = apply_lora(tiny_llama(), LoraOptions(lora_r=4, **variant))
         train_a_little(model)
         expected = logits(model)
         assert not torch.allclose(expected, logits(tiny_llama()), atol=1e-2), "the adapters must matter"

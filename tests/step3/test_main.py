@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.data.prompt_settings import load_prompt_settings
+from common.data.records import Event
+from common.files import read_json
 from common.models.loading import save_model_folder
 from tests.step3.runs import STEPS, assert_equal_runs, command, environment, kill_after, numbers, run, run_successfully
 from tests.tiny_models import ordinary_tokenizer, tiny_llama
@@ -38,6 +42,11 @@ def test_killed_and_resumed_equals_undisturbed(inputs: Path, tmp_path: Path) -> 
     model = AutoModelForCausalLM.from_pretrained(straight / "model")
     tokenizer = AutoTokenizer.from_pretrained(straight / "model")
     assert model.config.eos_token_id == tokenizer.eos_token_id == 0
+    prompts = load_prompt_settings(straight / "model").builder(ordinary_tokenizer())
+    history = [Event("search", query="red hat"), Event("click", title="Hats")]
+    request = [{"role": "user", "content": prompts.text(history)}]
+    assert prompts.text(history) == "red hat\n> Hats\nnext:\n"
+    assert tokenizer.apply_chat_template(request, return_dict=False) == prompts.ids(history)
     start = load_file(inputs / "actor" / "model.safetensors")
     tuned = load_file(straight / "model" / "model.safetensors")
     assert start.keys() == tuned.keys()
@@ -54,6 +63,31 @@ def test_lora_in_the_sharded_path_needs_no_reference_and_leaves_adapters(inputs:
     assert rows[0]["kl/per_sequence"] == 0.0
     assert (tmp_path / "lora" / "model" / "adapter" / "adapter_model.safetensors").is_file()
     AutoModelForCausalLM.from_pretrained(tmp_path / "lora" / "model")
+
+
+@pytest.mark.timeout(600)
+def test_dora_is_exported_as_base_and_adapter(inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "dora"
+    run_successfully(
+        inputs, output, "--lora_r", "4", "--lora_dora", "--lora_rslora", "--total_steps", "2", "--fused_adam",
+        "--critic_warmup_steps", "0", "--ppo_epochs", "1",
+    )
+    first = numbers(output)[0]
+    # One minibatch a rollout: old and new log-probs are of the same weights, up to the rounding of logits of size 10.
+    assert first["policy/max_ratio"] == pytest.approx(1.0, abs=5e-5)
+    assert first["policy/approx_kl"] == pytest.approx(0.0, abs=5e-5)
+    base = AutoModelForCausalLM.from_pretrained(inputs / "actor")
+    ids = torch.tensor([[5, 6, 7, 8, 30, 31]])
+    with torch.no_grad():
+        before = base(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(output / "model")(ids).logits
+        adapted = PeftModel.from_pretrained(base, output / "model" / "adapter").eval()(ids).logits
+    assert torch.allclose(merged, adapted, atol=1e-4)  # fp32 sums in another order, logits of size 10
+    assert not torch.allclose(merged, before, atol=1e-2), "the adapters must have learned"
+    chosen = read_json(output / "environment.json")
+    assert (chosen["ranks"], chosen["gpus_of_first_host"]) == (2, [])
+    assert chosen["packages"]["torch"] == torch.__version__
+    assert chosen["choices"]["fused_adam"] and chosen["choices"]["attn_implementation"] == "sdpa"
 
 
 @pytest.mark.timeout(600)

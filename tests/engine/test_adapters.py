@@ -1,0 +1,42 @@
+"""Which settings of adapters go together."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from common.engine.adapters import check_adapters
+from common.errors import InputError
+from step1_sft.config import SftConfig
+
+QLORA = {"lora_r": 16, "quantize": "nf4", "dtype": "bf16", "zero_stage": 2}
+
+
+def test_every_variant_and_both_together_are_accepted() -> None:
+    for settings in ({}, {"lora_r": 4}, {"lora_r": 4, "lora_dora": True, "lora_rslora": True}, QLORA):
+        check_adapters(SftConfig(**settings))
+    check_adapters(SftConfig(**QLORA | {"lora_dora": True, "lora_rslora": True}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_r": -1}, "--lora_r is the rank"),
+        ({"lora_dora": True}, "--lora_dora is for adapters and there are none; add --lora_r"),
+        ({"lora_rslora": True}, "--lora_rslora is for adapters"),
+        (QLORA | {"lora_r": 0}, "adapters must learn; add --lora_r"),
+        (QLORA | {"dtype": "fp32"}, "computes in bf16, not fp32; add --dtype bf16"),
+        (QLORA | {"zero_stage": 3}, "use --zero_stage 2"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_adapters(SftConfig(**settings))
+
+
+def test_the_stage_of_the_users_own_deepspeed_file_counts(tmp_path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    with pytest.raises(InputError, match="use --zero_stage 2"):
+        check_adapters(SftConfig(**QLORA, deepspeed_config=str(path)))
