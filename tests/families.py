@@ -194,7 +194,8 @@ def _probed(module: Any) -> Iterator[None]:
     save: Callable[..., None] = getattr(module, name)
 
     def probe_and_save(trained: Any, *others: Any) -> None:
-        torch.save(_logits(trained), Path(others[-1 if name == "export_models" else 0].output_dir) / "probe.pt")
+        config = next(other for other in others if hasattr(other, "output_dir"))
+        torch.save(_logits(trained), Path(config.output_dir) / "probe.pt")
         save(trained, *others)
 
     with mock.patch.object(module, name, probe_and_save):

@@ -102,7 +102,7 @@ def test_every_command_of_a_page_exists_and_takes_the_flags_that_it_is_given(pag
     assert not problems
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != ROOT / "README.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_presets_that_a_page_names_exist(page: Path) -> None:
     named = re.findall(r"[\w/]+/configs/\w+\.yaml", page.read_text(encoding="utf-8"))
     assert not [name for name in named if not (ROOT / name).is_file()]
