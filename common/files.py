@@ -1,4 +1,8 @@
-"""Files that are whole or absent: atomic writes, JSON lines, and folders that belong to one run."""
+"""Files that are whole or absent: atomic writes, JSON lines, and folders that belong to one run.
+
+What quotes users (examples, samples, responses, labels, reports) is readable by its owner alone; models and settings
+take the umask, so that they can be shared.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,16 @@ from common.errors import RUN_CONFIG_NAME, InputError
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[IO[str]]:
-    """Open a text file that appears under `path` only once it is complete (temporary name, fsync, rename)."""
+def atomic_write(path: str | Path, private: bool = False) -> Iterator[IO[str]]:
+    """Open a text file that appears under `path` only once it is complete (temporary name, fsync, rename).
+
+    `private`: others may not read it, whatever the umask and whatever was there before.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
+        with open(temporary, "w", encoding="utf-8", opener=only_mine if private else None) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -30,9 +37,14 @@ def atomic_write(path: str | Path) -> Iterator[IO[str]]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN is refused: JSON has none."""
-    with atomic_write(path) as stream:
+def only_mine(path: str, flags: int) -> int:
+    """An `opener` for `open` whose new files nobody else may read."""
+    return os.open(path, flags, 0o600)
+
+
+def write_json(path: str | Path, value: Any, private: bool = False) -> None:
+    """Write `value` as indented JSON, atomically; see `atomic_write`. NaN is refused: JSON has none."""
+    with atomic_write(path, private) as stream:
         json.dump(value, stream, indent=2, ensure_ascii=False, allow_nan=False)
         stream.write("\n")
 
@@ -49,9 +61,9 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
-    """Write one JSON object a line, atomically; returns how many."""
+    """Write one JSON object a line, atomically, for its owner alone; returns how many."""
     count = 0
-    with atomic_write(path) as stream:
+    with atomic_write(path, private=True) as stream:
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
             count += 1
@@ -88,7 +100,7 @@ def mend_last_line(path: str | Path, row_start: bytes) -> None:
     gets its line break. Raises `InputError`, and leaves the file alone, if the line is no part of such a row.
     """
     path = Path(path)
-    path.touch()
+    path.touch(mode=0o600)
     with path.open("rb+") as stream:
         line = _after_last_break(stream)
         if line[: len(row_start)] != row_start[: len(line)]:

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from common.files import atomic_write, read_jsonl
+from common.files import atomic_write, only_mine, read_jsonl
 
 Item = TypeVar("Item")
 
@@ -29,22 +29,26 @@ def progress(items: Iterable[Item] | None = None, *, total: int | None = None, d
 
 
 class StepFile:
-    """Appends JSON objects that each belong to a step; a resumed run first cuts off what lies past its checkpoint."""
+    """Appends JSON objects that each belong to a step; a resumed run first cuts off what lies past its checkpoint.
 
-    def __init__(self, path: str | Path, first_step: int = 0) -> None:
+    `private`: others may not read it.
+    """
+
+    def __init__(self, path: str | Path, first_step: int = 0, private: bool = False) -> None:
         self.path = Path(path)
+        self._private = private
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._keep_steps_below(first_step)
 
     def append(self, step: int, row: Mapping[str, Any]) -> None:
         """Write and flush one line."""
-        with self.path.open("a", encoding="utf-8") as stream:
+        with open(self.path, "a", encoding="utf-8", opener=only_mine if self._private else None) as stream:
             stream.write(json.dumps({"step": step, **row}) + "\n")
 
     def _keep_steps_below(self, first_step: int) -> None:
         whole_lines = [line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if "\n" in line]
-        with atomic_write(self.path) as stream:
+        with atomic_write(self.path, self._private) as stream:
             stream.writelines(line for line in whole_lines if json.loads(line)["step"] < first_step)
 
 

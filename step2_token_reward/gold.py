@@ -57,7 +57,7 @@ def main() -> None:
 def write_gold(path: str | Path, samples: Iterable[dict[str, Any]]) -> int:
     """Write the table of `samples` without scores; returns how many scores it asks for."""
     count = 0
-    with atomic_write(path) as stream:
+    with atomic_write(path, private=True) as stream:
         writer = csv.DictWriter(stream, COLUMNS, dialect="excel-tab", lineterminator="\n")
         writer.writeheader()
         for sample in samples:

@@ -34,7 +34,7 @@ class SampleLog:
     def __init__(self, output_dir: str | Path, first_step: int = 0) -> None:
         self._run = Path(output_dir)
         if rank() == 0:
-            self._file = StepFile(self._run / SAMPLES_NAME, first_step)
+            self._file = StepFile(self._run / SAMPLES_NAME, first_step, private=True)
             for page in (self._run / "samples").glob("step_*.html"):
                 if page >= self._page(first_step):
                     page.unlink()
@@ -49,7 +49,7 @@ class SampleLog:
         )
 
     def _write_page(self, step: int, samples: Sequence[Sample]) -> None:
-        with atomic_write(self._page(step)) as stream:
+        with atomic_write(self._page(step), private=True) as stream:
             stream.write(samples_page(samples, step, str(self._run)))
 
     def _page(self, step: int) -> Path:

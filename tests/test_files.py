@@ -1,12 +1,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from common.errors import InputError
-from common.files import RUN_CONFIG_NAME, atomic_write, claim_output_dir, digest, read_jsonl, write_json, write_jsonl
+from common.files import (
+    RUN_CONFIG_NAME,
+    atomic_write,
+    claim_output_dir,
+    digest,
+    mend_last_line,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
+from common.tracking import StepFile
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
@@ -72,3 +83,23 @@ def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="not the output of a run"):
             claim(tmp_path, {}, **flags)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_quotes_users_is_for_its_owner_alone_and_settings_take_the_umask(tmp_path: Path) -> None:
+    def mode(name: str) -> str:
+        return oct((tmp_path / name).stat().st_mode & 0o777)
+
+    (tmp_path / "rows.jsonl").touch(mode=0o644)  # from before
+    umask = os.umask(0o022)
+    try:
+        write_jsonl(tmp_path / "rows.jsonl", [{}])
+        write_json(tmp_path / "report.json", {}, private=True)
+        mend_last_line(tmp_path / "labels.jsonl", b'{"id"')
+        for private in (True, False):
+            StepFile(tmp_path / f"steps_{private}.jsonl", private=private).append(0, {})
+            StepFile(tmp_path / f"steps_{private}.jsonl", 1, private).append(1, {})
+        write_json(tmp_path / "settings.json", {})
+    finally:
+        os.umask(umask)
+    assert {mode(name) for name in ("rows.jsonl", "report.json", "labels.jsonl", "steps_True.jsonl")} == {"0o600"}
+    assert {mode(name) for name in ("settings.json", "steps_False.jsonl")} == {"0o644"}

@@ -111,9 +111,9 @@ def main() -> None:
             main_rows = {name: of_system[decodings_of(config)[0]] for name, of_system in rows.items()}
             report["judge"] = judge_systems(annotator, examples, main_rows, interval_of(config), config.num_queries)
     report["timings"] = {**timings, "evaluation": round(time.perf_counter() - started, 3)}
-    with atomic_write(output_dir / "report.md") as stream:
+    with atomic_write(output_dir / "report.md", private=True) as stream:
         stream.write(render_markdown(report, choose_shown(examples, rows, config)))
-    write_json(output_dir / REPORT_NAME, report)
+    write_json(output_dir / REPORT_NAME, report, private=True)
     print(render_terminal(report, str(output_dir / "report.md")))
     print(f"next: read its warnings, then single responses with their scores in {output_dir / 'generations'}")
 

@@ -72,7 +72,7 @@ def write_report(run: str | Path) -> Path:
     """Write `report.html` into the folder `run`; returns its path. Raises `InputError` for a folder that is no run."""
     folder = read_run(run)
     path = folder.path / PAGE_NAME
-    with atomic_write(path) as stream:
+    with atomic_write(path, private=True) as stream:
         stream.write(report_page(folder))
     return path
 
