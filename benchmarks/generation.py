@@ -23,7 +23,7 @@ from deepspeed.runtime.rollout import HybridEngineRollout
 from deepspeed.runtime.rollout.base import RolloutRequest, SamplingConfig
 from transformers import GenerationConfig
 
-from benchmarks.measuring import alternating, median_ratio, on_ranks, save
+from benchmarks.measuring import alternating, median_ratio, on_ranks, read_switches, save
 from benchmarks.models import query_tokenizer, random_llama
 from common.engine import distributed
 from common.engine.hybrid import HybridEngine
@@ -40,6 +40,7 @@ Prompts = Sequence[Sequence[int]]
 
 def main() -> None:
     """Measure every workload, print and save the ratios."""
+    read_switches(__doc__)
     ranks = 1 if torch.cuda.is_available() else 2
     found = on_ranks(measure, ranks)
     ratios = {

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.flops import Sizes
-from benchmarks.measuring import on_ranks, save
+from benchmarks.measuring import on_ranks, read_switches, save
 from benchmarks.models import query_tokenizer, random_llama
 from benchmarks.step3 import Shape, prepare, tppo_steps
 from common.engine.memory import cache_bytes
@@ -37,7 +37,7 @@ ROWS, PASSES = (1, 8, 32, 64, 128), 40
 
 def main() -> None:
     """Decode at several numbers of rows, then run whole steps; save shares of the two limits."""
-    small = "--small" in sys.argv
+    small = read_switches(__doc__, small="The same code on a small model, also without a GPU.").small
     sizes = SMALL if small else LARGE
     found: dict[str, Any] = {"decode": on_ranks(decode_shares, 1, sizes), "steps": {}}
     for name, shape in STEPS.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -25,6 +26,14 @@ from common.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "trl")
+
+
+def read_switches(description: str, **helps: str) -> argparse.Namespace:
+    """The flags of a benchmark that takes nothing but switches, by name and help; `--help` shows `description`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, text in helps.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    return parser.parse_args()
 
 
 def on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> Any:

@@ -20,7 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.measuring import RESULTS, on_ranks, save
+from benchmarks.measuring import RESULTS, on_ranks, read_switches, save
 from benchmarks.step3 import SHAPE, Shape, prepare, tppo_steps
 
 RANKS, STAGE, STEPS = 2, 3, 2
@@ -41,6 +41,7 @@ AXES: dict[str, list[tuple[float, dict[str, int], Shape, int]]] = {
 
 def main() -> None:
     """Run every point once, with its own warm-up step, and draw the result."""
+    read_switches(__doc__)
     found: dict[str, list[dict[str, Any]]] = {}
     for axis, points in AXES.items():
         found[axis] = []

@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.flops import Sizes, tppo_step_flops
-from benchmarks.measuring import gemm_peak, median_ratio, on_ranks, peak_memory, save
+from benchmarks.measuring import gemm_peak, median_ratio, on_ranks, peak_memory, read_switches, save
 from benchmarks.models import query_tokenizer, random_llama, save_reward_model
 from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
@@ -63,10 +63,11 @@ SHAPE = Shape()
 
 def main() -> None:
     """Alternate whole runs of both, then save ratios and utilisation."""
+    profile = read_switches(__doc__, profile="Show where the time of our step goes, kernel by kernel.").profile
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, SHAPE)
-        if "--profile" in sys.argv:
+        if profile:
             print(on_ranks(profiled_steps, 1, str(folder)))
             return
         found: dict[str, list[Any]] = {name: [] for name in (*SETUPS, "trl_rloo")}

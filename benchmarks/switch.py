@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from benchmarks.generation import zero3_engine
-from benchmarks.measuring import on_ranks, peak_memory, save, timed
+from benchmarks.measuring import on_ranks, peak_memory, read_switches, save, timed
 from benchmarks.models import query_tokenizer, random_llama
 from benchmarks.step3 import SHAPE, prepare, tppo_steps
 from common.config import LoraOptions
@@ -42,6 +42,7 @@ MIB = 2**20
 
 def main() -> None:
     """Switches of a small model beside its whole step, then memory of a larger one in each mode."""
+    read_switches(__doc__)
     ranks = 1 if torch.cuda.is_available() else 2
     switches = on_ranks(switch_seconds, ranks)
     with tempfile.TemporaryDirectory() as folder:
@@ -85,8 +86,8 @@ def memory_of(mode: str) -> dict[str, float]:
     """MiB of this rank at its highest, above what it held when the model was sharded; and what gathering adds."""
     hybrid = HybridEngine(zero3_engine(random_llama(query_tokenizer(), **WIDE), **FEW_AT_A_TIME), "sharded")
     _train_once(hybrid)
-    _forget_peak()
-    before = _held()
+    forget_peak()
+    before = held_memory()
     if mode == "training":
         _train_once(hybrid)
     else:
@@ -106,11 +107,12 @@ def _train_once(hybrid: HybridEngine) -> None:
     hybrid.engine.step()
 
 
-def _held() -> int:
+def held_memory() -> int:
+    """Bytes that this process holds now: on its GPU, or of the host's memory."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Begin the high-water mark anew; on the CPU, after giving back what was freed."""
     gc.collect()
     if torch.cuda.is_available():

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from transformers import HfArgumentParser
 
+from common.command_help import GroupedParser
 from common.errors import InputError, one_line
 
 Config = TypeVar("Config")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with a default and the help text that `--help` shows."""
+    """A dataclass field with a default and the help text that `--help` shows; `group` begins a heading there."""
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
@@ -91,8 +91,7 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None) -> C
     argv = list(sys.argv[1:] if argv is None else argv)
     # The deepspeed launcher appends this flag; ranks are read from the environment instead.
     argv = [token for token in argv if not token.startswith("--local_rank=")]
-    parser = _Parser(config_class, allow_abbrev=False, description=config_class.__doc__)
-    parser.add_argument("--config", help="YAML file with any of the keys below; flags win over it.")
+    parser = _Parser(config_class)
     known = [field.name for field in dataclasses.fields(config_class)]
     if not {"-h", "--help"} & set(argv):
         argv = _yaml_tokens(argv, known) + argv
@@ -102,7 +101,7 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None) -> C
     return config
 
 
-class _Parser(HfArgumentParser):
+class _Parser(GroupedParser):
     """Raises `InputError` where argparse prints its whole usage."""
 
     def error(self, message: str) -> NoReturn:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import atexit
 import os
+import site
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+DEBUG_FLAG = "--debug"
+RUN_CONFIG_NAME = "run_config.json"  # marks a folder as one run's
+
+_ROOT = Path(__file__).resolve().parents[1]
 HUNG = 70  # EX_SOFTWARE of sysexits.h: a rank made no progress
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again
 
@@ -40,29 +50,89 @@ def one_line(error: BaseException | str, length: int = 300) -> str:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main`; show an error of ours as one line and exit.
+    """Run a command's `main`; show an error as one paragraph and exit.
 
-    With 2 for bad input, 3 for a diverged run, 4 for a checkpoint that could not be written, and `REQUEUE` for a run
-    that a scheduler stopped and may start again.
+    With 2 for bad input, 3 for a diverged run, 4 for a checkpoint that could not be written, `REQUEUE` for a run that a
+    scheduler stopped and may start again, and 1 for an error that nobody foresaw, whose traceback goes to a file.
+    `--debug`, which is taken out of the arguments, or TPPO_DEBUG=1 in the environment shows every error's traceback.
 
     Ranks other than the first say which they are: most errors are every rank's, but some are one rank's alone.
     """
+    debug = DEBUG_FLAG in sys.argv[1:] or os.environ.get("TPPO_DEBUG", "") not in ("", "0")
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != DEBUG_FLAG]
     rank = os.environ.get("RANK", "0")
     who = "" if rank == "0" else f"[rank {rank}] "
     try:
         main()
-    except InputError as error:
-        print(f"{who}error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except TrainingDiverged as error:
-        print(f"{who}diverged: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(3) from None
-    except SaveFailed as error:
-        print(f"{who}not saved: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(4) from None
-    except Preempted as stop:
-        print(f"{who}stopped: {stop}", file=sys.stderr, flush=True)
-        raise SystemExit(REQUEUE) from None
+    except Exception as error:
+        text = "".join(traceback.format_exception(error))
+        if debug:
+            print(text, end="", file=sys.stderr)
+        kind, status = next((shown for known, shown in _FORESEEN.items() if isinstance(error, known)), (None, 1))
+        message = f"{kind}: {error}" if kind else f"failed: {describe(error)}"
+        if kind is None and not debug:
+            message += f". {DEBUG_FLAG} shows the traceback; it is kept in {keep_traceback(text, rank)}"
+        print(f"{who}{message}", file=sys.stderr, flush=True)
+        raise SystemExit(status) from None
+
+
+# How a foreseen error's line begins, and the command's exit status.
+_FORESEEN: dict[type[Exception], tuple[str, int]] = {
+    InputError: ("error", 2),
+    TrainingDiverged: ("diverged", 3),
+    SaveFailed: ("not saved", 4),
+    Preempted: ("stopped", REQUEUE),
+}
+
+
+def describe(error: Exception) -> str:
+    """An unforeseen error's type and text, the last line of this project's own code that it passed, and its notes."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = frames[1:] or frames  # run_command itself is the first
+    last = next((frame for frame in reversed(frames) if _is_own(Path(frame.filename))), frames[-1])
+    path = Path(last.filename)
+    place = f"{path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path}:{last.lineno}"
+    what = f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
+    return f"{what} ({', '.join([place, *map(one_line, getattr(error, '__notes__', ()))])}){_advice(error)}"
+
+
+def _advice(error: Exception) -> str:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return ". The GPU's memory is full: docs/scaling_up.md says what to make smaller, and in which order"
+    return ""
+
+
+def keep_traceback(text: str, rank: str) -> Path:
+    """Append a traceback to a file and return its path: in the run's folder, if --output_dir names one, else in TMPDIR.
+
+    A folder that is not, or not yet, a run's is left as it is.
+    """
+    folder = _argument("--output_dir")
+    if folder is None or not (Path(folder) / RUN_CONFIG_NAME).is_file():
+        folder = tempfile.mkdtemp(prefix="tppo_")
+    path = Path(folder) / f"traceback_rank{rank}.txt"
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC  {' '.join(sys.argv)}\n{text}\n")
+    except OSError:  # the disk may be what failed
+        print(text, end="", file=sys.stderr)
+    return path
+
+
+def _argument(flag: str) -> str | None:
+    """The last value of a flag on the command line."""
+    value = None
+    for argument, following in pairwise([*sys.argv, ""]):
+        if argument == flag:
+            value = following
+        elif argument.startswith(f"{flag}="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def _is_own(path: Path) -> bool:
+    return path.is_relative_to(_ROOT) and not any(path.is_relative_to(folder) for folder in site.getsitepackages())
 
 
 def run_rank_command(main: Callable[[], None]) -> None:

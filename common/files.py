@@ -11,9 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from common.errors import InputError
-
-RUN_CONFIG_NAME = "run_config.json"
+from common.errors import RUN_CONFIG_NAME, InputError
 
 
 @contextmanager

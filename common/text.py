@@ -68,6 +68,14 @@ def normalise(text: str) -> str:
     return " ".join(word.text for word in split_words(folded))
 
 
+def visible_line(text: str) -> str:
+    """`text` as one line that shows what it holds: white space and control characters become single spaces, invisible
+    format characters (which could reverse the line) and lone surrogates (which no file can hold) are left out."""
+    spaced = "".join(" " if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char for char in text)
+    visible = "".join(char for char in spaced if unicodedata.category(char) not in ("Cf", "Cs"))
+    return " ".join(visible.split())
+
+
 def content_words(text: str) -> list[str]:
     """Normalised words of `text` without stop words, in order."""
     return [word for word in normalise(text).split(" ") if word and word not in STOP_WORDS]

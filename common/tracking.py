@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,8 +28,8 @@ def progress(items: Iterable[Item] | None = None, *, total: int | None = None, d
     return tqdm(items, total=total, desc=desc, initial=initial, disable=not is_main_process(), dynamic_ncols=True)
 
 
-class MetricsFile:
-    """Appends one JSON object a step; a resumed run first cuts off what lies past its checkpoint."""
+class StepFile:
+    """Appends JSON objects that each belong to a step; a resumed run first cuts off what lies past its checkpoint."""
 
     def __init__(self, path: str | Path, first_step: int = 0) -> None:
         self.path = Path(path)
@@ -36,12 +37,8 @@ class MetricsFile:
         if self.path.exists():
             self._keep_steps_below(first_step)
 
-    def append(self, step: int, values: Mapping[str, float | Sequence[float]]) -> None:
-        """Write and flush one line of numbers or lists of them; a number that is NaN or infinite is written as null."""
-        row = {
-            key: value if isinstance(value, Sequence) or abs(value) < float("inf") else None
-            for key, value in values.items()
-        }
+    def append(self, step: int, row: Mapping[str, Any]) -> None:
+        """Write and flush one line."""
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **row}) + "\n")
 
@@ -51,11 +48,33 @@ class MetricsFile:
             stream.writelines(line for line in whole_lines if json.loads(line)["step"] < first_step)
 
 
-class Tracker:
-    """Scalars and texts of a run under `output_dir`: `tensorboard/`, `metrics.jsonl`, and `profiles.jsonl` for what is
-    measured along a response. Silent off rank 0."""
+class MetricsFile(StepFile):
+    """One line of numbers a step."""
 
-    def __init__(self, output_dir: str | Path, *, tensorboard: bool, first_step: int = 0) -> None:
+    def append(self, step: int, values: Mapping[str, float | Sequence[float]]) -> None:
+        """Write and flush one line of numbers or lists of them; a number that is NaN or infinite is written as null."""
+        row = {
+            key: value if isinstance(value, Sequence) or abs(value) < float("inf") else None
+            for key, value in values.items()
+        }
+        super().append(step, row)
+
+
+class Tracker:
+    """Scalars and images of a run under `output_dir`: `tensorboard/`, `metrics.jsonl`, and `profiles.jsonl` for what is
+    measured along a response. Silent off rank 0.
+
+    `layout` groups scalars in TensorBoard's tab "Custom scalars", in the form of `SummaryWriter.add_custom_scalars`.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        tensorboard: bool,
+        first_step: int = 0,
+        layout: Mapping[str, Mapping[str, Sequence[Any]]] | None = None,
+    ) -> None:
         self._metrics: MetricsFile | None = None
         self._profiles: MetricsFile | None = None
         self._writer: SummaryWriter | None = None
@@ -66,6 +85,8 @@ class Tracker:
         if tensorboard:
             # purge_step hides the points that a killed run wrote after the checkpoint we resume from.
             self._writer = SummaryWriter(str(Path(output_dir) / "tensorboard"), purge_step=first_step or None)
+            if layout:
+                self._writer.add_custom_scalars(layout)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log `values` at `step`; a key's part before `/` groups it in TensorBoard."""
@@ -80,10 +101,10 @@ class Tracker:
         if self._profiles is not None:
             self._profiles.append(step, values)
 
-    def text(self, step: int, tag: str, markdown: str) -> None:
-        """Log a Markdown text; whatever comes from a log or a model must be escaped by the caller."""
+    def image(self, step: int, tag: str, draw: Callable[[], np.ndarray]) -> None:
+        """Log the image that `draw` makes, (height, width, 3) of bytes; it is drawn only where one is kept."""
         if self._writer is not None:
-            self._writer.add_text(tag, markdown, step)
+            self._writer.add_image(tag, draw(), step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close the event file."""

@@ -42,7 +42,9 @@ use_cpu_ranks_without_gpu() {
 # goes to SCRIPT. On CPU ranks two processes are started unless --num_gpus says otherwise.
 launch() {
     local script="$1"; shift
-    local launcher=() flags=() placed=""
+    case " $* " in *" --help "*|*" -h "*) python "$script" --help; return ;; esac # once, not once a rank
+    local launcher=() flags=() placed="" output="" begun
+    begun="$(date +%s)"
     while [ $# -gt 0 ]; do
         case "$1" in
             --num_gpus|--num_nodes|--hostfile|--include|--exclude|--master_addr|--master_port|--launcher|--launcher_args)
@@ -52,7 +54,9 @@ launch() {
             --num_gpus=*|--hostfile=*|--include=*) placed=yes; launcher+=("$1"); shift ;;
             --num_nodes=*|--exclude=*|--master_addr=*|--master_port=*|--launcher=*|--launcher_args=*)
                 launcher+=("$1"); shift ;;
-            *) flags+=("$1"); shift ;;
+            *)
+                case "$1" in --output_dir) output="${2:-}" ;; --output_dir=*) output="${1#*=}" ;; esac
+                flags+=("$1"); shift ;;
         esac
     done
     if [ -z "$placed" ] && [ "${DS_ACCELERATOR:-}" = cpu ]; then
@@ -76,6 +80,11 @@ launch() {
     wait "$job" || status=$?
     trap - TERM USR1 INT
     [ -z "$remote" ] || rm -f "$remote"
+    case "$status" in
+        0|2|3|4|70|75) ;; # every rank has spoken for itself
+        *) [ -z "$output" ] || python - "$output" "$begun" >&2 <<< \
+            'import sys; from common.engine.watchdog import silent_ends as s; print(s(sys.argv[1], float(sys.argv[2])))' ;;
+    esac
     return "$status"
 }
 
@@ -86,7 +95,7 @@ remote_environment() {
     local file name
     file="$(mktemp)"
     for name in DS_ACCELERATOR OMP_NUM_THREADS TOKENIZERS_PARALLELISM GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME \
-        NCCL_DEBUG NCCL_IB_DISABLE HF_HOME HF_HUB_OFFLINE; do
+        NCCL_DEBUG NCCL_IB_DISABLE HF_HOME HF_HUB_OFFLINE TPPO_DEBUG; do
         [ -z "${!name:-}" ] || echo "$name=${!name}" >> "$file"
     done
     echo "$file"

@@ -7,7 +7,8 @@
 #   --run_name NAME       folder outputs/NAME (default: demo, or log with --log)
 #   --log_format FORMAT   of all logs (default: by file name)
 #   --model PATH          base model: a folder or hub name (default: a tiny random one, made from the log)
-#   --annotator NAME      simulated, lexical or llm (default: simulated, or lexical with --log)
+#   --annotator NAME      simulated, lexical, llm, or a function of your own, FILE.py:FUNCTION, which is run as it stands
+#                         (docs/own_annotator.md; default: simulated, or lexical with --log)
 #   --base_url URL        with llm: the OpenAI-compatible endpoint, such as http://localhost:8000/v1 (docs/ai_feedback.md)
 #   --annotator_model M   with llm: the model's name there
 #   --judge_model M       with llm: the model that judges in the report (default: the annotator, which the report warns of)
@@ -35,7 +36,9 @@ while [ $# -gt 0 ]; do
         --run_name) run_name="$2" ;;
         --log_format) log_format="$2" ;;
         --model) model="$2" ;;
-        --annotator) annotator="$2" ;;
+        --annotator)
+            annotator="$2"
+            case "$annotator" in *.py:*) annotator="$(realpath -m "${annotator%:*}"):${annotator##*:}" ;; esac ;;
         --base_url) base_url="$2" ;;
         --annotator_model) annotator_model="$2" ;;
         --judge_model) judge_model="$2" ;;
@@ -51,6 +54,7 @@ done
 for log in ${logs[@]+"${logs[@]}"}; do
     [ -e "$log" ] || { echo "error: $log: no such log" >&2; exit 2; }
 done
+case "$annotator" in *.py:*) [ -f "${annotator%:*}" ] || { echo "error: ${annotator%:*}: no such file" >&2; exit 2; } ;; esac
 if [ ${#logs[@]} -eq 0 ]; then
     run_name="${run_name:-demo}" annotator="${annotator:-simulated}"
 else
@@ -169,9 +173,12 @@ stage evaluate python -m common.evaluation.evaluate --data_dir "$run/data" --out
     ${judge_flags[@]+"${judge_flags[@]}"} \
     ${report_flags[@]+"${report_flags[@]}"}
 
+python -m common.pages.report --run "$run" || echo "warning: $run/report.html could not be drawn" >&2
+
 cat <<END
 
 models       SFT $run/step1_sft/model, reward $run/step2_token_reward/reward/model, TPPO $run/step3_tppo/model
-report       $run/report.md, $run/report.json
+report       $run/report.html (curves, warnings, examples), $run/report.md, $run/report.json
 TensorBoard  tensorboard --logdir $run
+next         read the report and its warnings; docs/tuning.md says what healthy curves look like
 END

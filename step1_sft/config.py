@@ -14,10 +14,14 @@ from common.errors import InputError
 class SftConfig(LoraOptions, TrainerOptions):
     """Step 1: supervised fine-tuning of a language model on histories and the queries that followed them."""
 
-    model_name_or_path: str = option("", "Base model: a folder or a hub name, any AutoModelForCausalLM.")
+    model_name_or_path: str = option(
+        "", "Base model: a folder or a hub name, any AutoModelForCausalLM.", group="model and data",
+    )
     pad_token: str = option("", "Pad token where the tokenizer has none: 'eos', or a token of its vocabulary.")
     data_dir: str = option("", "Folder with train.jsonl and dev.jsonl.")
-    prompt_template: str = option("plain", "'plain', 'compact', 'chat' (the model's own), or a template file.")
+    prompt_template: str = option(
+        "plain", "'plain', 'compact', 'chat' (the model's own), or a template file.", group="prompts and responses",
+    )
     num_queries: int = option(3, "Queries a response (paper: 3 for AOL, 10 for the industrial log).")
     max_prompt_tokens: int = option(512, "Token budget of a prompt; the oldest events are left out.")
     max_response_tokens: int = option(64, "Longest response with EOS; examples that are longer are left out.")

@@ -12,6 +12,7 @@ from common.alignment import IGNORE_LABEL
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.errors import InputError
+from common.tracking import progress
 
 
 class Row(TypedDict):
@@ -36,7 +37,7 @@ def build_rows(examples: Sequence[Example], builder: PromptBuilder, max_response
     """
     tokenizer = builder.tokenizer
     rows: list[Row] = []
-    for example in examples:
+    for example in progress(examples, desc="encode"):
         if len(example.targets) != builder.num_queries:
             raise InputError(
                 f"example {example.id} has {len(example.targets)} targets, but --num_queries is {builder.num_queries}; "

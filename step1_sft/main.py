@@ -1,6 +1,6 @@
 """Step 1: supervised fine-tuning (SFT).
 
-    deepspeed --num_gpus 8 step1_sft/main.py --config step1_sft/configs/llama_lora_8gpu.yaml --data_dir ... \\
+    deepspeed --num_gpus 8 step1_sft/main.py --config step1_sft/configs/8x80gb_lora.yaml --data_dir ... \\
         --model_name_or_path ... --output_dir outputs/my_run/step1_sft
 """
 
@@ -13,18 +13,19 @@ from common.config import parse_config
 from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
-from common.engine.trainer import newest_checkpoint, run_callbacks
+from common.engine.trainer import newest_checkpoint, prepare_to_load, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
 from common.engine.watchdog import Watchdog
 from common.errors import run_rank_command
 from common.files import write_json
+from common.generation.decode import check_decodable
 from common.models.loading import (
     apply_lora,
+    causal_lm_skeleton,
     check_lengths,
     check_machine,
     check_vocabulary,
     load_causal_lm,
-    load_model_config,
     load_tokenizer,
     save_model_folder,
 )
@@ -43,10 +44,9 @@ def main() -> None:
     distributed.seed_everything(config.seed)
 
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, config.pad_token)
-    check_lengths(
-        load_model_config(config.model_name_or_path, config.trust_remote_code),
-        config.max_prompt_tokens + config.max_response_tokens,
-    )
+    skeleton = causal_lm_skeleton(config.model_name_or_path, config)
+    check_decodable(skeleton)
+    check_lengths(skeleton.config, config.max_prompt_tokens + config.max_response_tokens)
     builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
     train, dev = (
         build_rows(load_examples(config.data_dir, split), builder, config.max_response_tokens)
@@ -55,6 +55,7 @@ def main() -> None:
     args = training_arguments(config, train_sampling_strategy="group_by_length")
     distributed.on_main_first(lambda: prepare_output(config))
     checkpoint = newest_checkpoint(args.output_dir)
+    prepare_to_load(checkpoint, args)
     announce(config, train, dev, checkpoint)
 
     model = load_causal_lm(config.model_name_or_path, config, config.quantize)
@@ -74,7 +75,7 @@ def main() -> None:
     )
     with watchdog:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    save(trainer, config)
+    save(trainer, builder, config)
     if distributed.rank() == 0:
         write_json(Path(config.output_dir) / "timings.json", {"step1_sft": round(time.monotonic() - start, 1)})
         print(closing_words(config), flush=True)
@@ -90,13 +91,13 @@ def announce(config: SftConfig, train: Rows, dev: Rows, checkpoint: Path | None)
     print(f"resuming from {checkpoint}" if checkpoint else f"starting from {config.model_name_or_path}", flush=True)
 
 
-def save(trainer: SftTrainer, config: SftConfig) -> None:
+def save(trainer: SftTrainer, builder: PromptBuilder, config: SftConfig) -> None:
     """Write the model folder on rank 0; all ranks give their shards."""
     weights = trainer.whole_weights()
-    generation = {"max_new_tokens": config.max_response_tokens, "do_sample": True}
+    generation = {"max_new_tokens": config.max_response_tokens, "do_sample": True, "top_k": 0}
     distributed.on_main_first(
         lambda: save_model_folder(
-            trainer.model, trainer.processing_class, Path(config.output_dir) / "model", generation, weights
+            trainer.model, builder.tokenizer, Path(config.output_dir) / "model", generation, weights, builder
         )
     )
 

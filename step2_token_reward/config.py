@@ -18,18 +18,22 @@ class Step2Config(TrainerOptions):
     """Step 2: train the token-level reward model on labelled responses."""
 
     model_name_or_path: str = option(
-        "", "Encoder: a folder or hub name, any model with a token classifier (Longformer in the paper) or step 1's."
+        "", "Encoder: a folder or hub name, any model with a token classifier (Longformer in the paper) or step 1's.",
+        group="model and data",
     )
     bidirectional: bool = option(False, "Let a decoder read both ways; encoders do so anyway.")
     samples: str = option("", "The labelled responses: samples.jsonl, written by sample.py.")
     labels: str = option("", "Their labels: labels.jsonl, written by label.py.")
-    prompt_template: str = option("plain", "How a history is rendered: 'plain', 'compact', or a template file.")
+    prompt_template: str = option(
+        "plain", "How a history is rendered: 'plain', 'compact', or a template file.", group="prompts and responses",
+    )
     num_queries: int = option(3, "Queries a response, as the template says it (paper: 3 for AOL).")
     max_prompt_tokens: int = option(512, "Token budget of a history; the oldest events are left out.")
     max_response_tokens: int = option(96, "Token budget of a response in this tokenizer; longer ones are cut off.")
     heads: str = option(
         "token", "What is judged: each word (token), or queries alone, the sentence-level baseline (sentence).",
         choices=list(HEAD_OUTPUTS),
+        group="labels and losses",
     )
     query_rule: str = option(
         "conjunction", "A query's score from its words': the chance that none is irrelevant and one very relevant, or "

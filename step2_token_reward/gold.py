@@ -51,7 +51,7 @@ def main() -> None:
     chosen = sorted(samples.values(), key=lambda row: hash_fraction("gold", config.seed, row["id"]))[: config.count]
     count = write_gold(config.gold, chosen)
     print(f"{len(chosen)} responses, {count} scores to fill in with 0, 1 or 2: {config.gold}")
-    print("then: python -m step2_token_reward.agreement --samples ... --labels ... --reference " + config.gold)
+    print("next: python -m step2_token_reward.agreement --samples ... --labels ... --reference " + config.gold)
 
 
 def write_gold(path: str | Path, samples: Iterable[dict[str, Any]]) -> int:

@@ -3,6 +3,7 @@
     python -m step2_token_reward.label --samples samples.jsonl --labels labels.jsonl --annotator lexical
     python -m step2_token_reward.label --samples samples.jsonl --labels labels.jsonl \
         --annotator llm --base_url http://localhost:8000/v1 --model meta-llama/Llama-3.3-70B-Instruct
+    python -m step2_token_reward.label --samples samples.jsonl --labels labels.jsonl --annotator my_scores.py:score
 
 Labels are appended as they come, one line a sample. Started again, it cuts off a line that a kill left half-written,
 skips what is labelled and goes on. A sample that a language model gives no valid answer for is put into quarantine
@@ -43,7 +44,7 @@ from common.feedback.labels import (
 from common.feedback.llm.annotator import LLMAnnotator
 from common.feedback.llm.model import Question
 from common.feedback.llm.options import EndpointOptions
-from common.feedback.load import ANNOTATORS, LLM, LLM_TEMPLATE, open_annotator
+from common.feedback.load import ANNOTATORS, LLM, LLM_TEMPLATE, OWN, check_annotator_name, open_annotator
 from common.files import mend_last_line
 
 _LABEL_START = b'{"id": '
@@ -55,16 +56,23 @@ Samples = dict[str, dict[str, Any]]
 class LabelConfig(EndpointOptions):
     """Label sampled responses, word by word and query by query."""
 
-    samples: str = option("", "The responses to label: samples.jsonl, written by sample.py.")
+    samples: str = option(
+        "", "The responses to label: samples.jsonl, written by sample.py.", group="what is labelled",
+    )
     labels: str = option("", "Where the labels go; labels that the file holds already are kept.")
-    annotator: str = option("lexical", "Who scores.", choices=[*ANNOTATORS, LLM])
+    annotator: str = option(
+        "lexical", f"Who scores: {', '.join((*ANNOTATORS, LLM))}, or a function of your own, {OWN}.",
+        group="annotator",
+    )
     truth: str = option("", "For the annotator simulated: truth.jsonl of the embedded log.")
     word_error_rate: float = option(0.0, "For the annotator simulated: share of wrong labels.")
     seed: int = option(0, "Seed of the share, and of the errors of the annotator simulated.")
     template: str = option(
         LLM_TEMPLATE, "For the annotator llm: the prompt, by name (common/feedback/llm/templates) or as a file."
     )
-    share: float = option(1.0, "Label this share of the samples only, drawn by hash: to measure agreement.")
+    share: float = option(
+        1.0, "Label this share of the samples only, drawn by hash: to measure agreement.", group="how much",
+    )
     dry_run: bool = option(
         False, "For the annotator llm: print calls, estimated tokens and the first prompt, and ask nothing."
     )
@@ -82,6 +90,7 @@ def main() -> None:
     ) as annotator:  # fmt: skip
         if config.dry_run:
             print(describe_calls(annotator, [sample_item(row) for row in missing_samples(samples, labels, annotator)]))
+            print("next: the same command without --dry_run")
             return
         label_samples(samples, labels, annotator)
         existing = read_existing_labels(labels, samples, annotator=annotator.name)
@@ -89,12 +98,17 @@ def main() -> None:
         if isinstance(annotator, LLMAnnotator):
             print(describe_endpoint(annotator, labels, samples))
         print(f"labels by {annotator.name}: {labels}")
+        print(
+            f"next: bash scripts/run_step2.sh --samples {config.samples} --labels {labels} "
+            "--config ... --output_dir ..."
+        )
 
 
 def check_config(config: LabelConfig) -> None:
     """Raise `InputError` for flags that are missing or contradict each other."""
     if not config.samples or not config.labels:
         raise InputError("--samples and --labels are needed: the file to label and the file for the labels")
+    check_annotator_name(config.annotator, "annotator", known=(*ANNOTATORS, LLM))
     if not 0 < config.share <= 1:
         raise InputError(f"--share must lie above 0 and at most at 1, not {config.share}")
     if config.dry_run and config.annotator != LLM:

@@ -1,6 +1,6 @@
 """Step 2: train the token-level reward model.
 
-    deepspeed --num_gpus 8 step2_token_reward/main.py --config step2_token_reward/configs/longformer.yaml \\
+    deepspeed --num_gpus 8 step2_token_reward/main.py --config step2_token_reward/configs/1x24gb_encoder.yaml \\
         --samples outputs/my_run/step2_token_reward/samples/samples.jsonl \\
         --labels outputs/my_run/step2_token_reward/labels.jsonl \\
         --model_name_or_path ... --output_dir outputs/my_run/step2_token_reward/reward
@@ -14,16 +14,21 @@ from typing import Any
 
 from common.config import parse_config
 from common.engine import distributed
-from common.engine.trainer import newest_checkpoint, run_callbacks
+from common.engine.trainer import newest_checkpoint, prepare_to_load, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
 from common.engine.watchdog import Watchdog
-from common.errors import run_rank_command
+from common.errors import InputError, run_rank_command
 from common.feedback.labels import read_labels
 from common.files import write_json
-from common.models.loading import check_machine, load_fast_tokenizer
+from common.models.loading import check_machine, has_attention, load_fast_tokenizer, no_attention
 from common.models.reward_encoder import RewardEncoder
 from common.models.reward_losses import inverse_class_frequency
-from common.models.token_reward import load_token_reward_model, reads_both_ways, save_token_reward_model
+from common.models.token_reward import (
+    load_token_reward_model,
+    reads_both_ways,
+    save_token_reward_model,
+    token_classifier_skeleton,
+)
 from step2_token_reward.config import Step2Config, check_config
 from step2_token_reward.dataset import RewardCollator, RewardData, build_data
 from step2_token_reward.trainer import RewardTrainer
@@ -34,6 +39,9 @@ def main() -> None:
     config = parse_config(Step2Config)
     check_config(config)
     check_machine(config.model_name_or_path, config)
+    skeleton = token_classifier_skeleton(config.model_name_or_path, config)
+    if not has_attention(skeleton, config.attn_implementation):
+        raise InputError(f"{config.model_name_or_path}: {no_attention(skeleton, config.attn_implementation)}")
     start = time.monotonic()
     distributed.start()
     distributed.seed_everything(config.seed)
@@ -43,6 +51,7 @@ def main() -> None:
     args = training_arguments(config)
     distributed.on_main_first(lambda: prepare_output(config))
     checkpoint = newest_checkpoint(args.output_dir)
+    prepare_to_load(checkpoint, args)
 
     model = load_token_reward_model(config.model_name_or_path, config, config.bidirectional, config.heads)
     encoder = RewardEncoder(tokenizer, config.inputs, model)
@@ -123,7 +132,8 @@ def closing_words(config: Step2Config, metrics: dict[str, float | None]) -> str:
         f"model:       {output}/model\n"
         f"metrics:     {output}/metrics.json, {output}/metrics.jsonl\n"
         + (f"tensorboard: tensorboard --logdir {output}/tensorboard\n" if config.tensorboard else "")
-        + f"next:        bash scripts/run_step3.sh --reward_path {output}/model"
+        + f"next:        bash scripts/run_step3.sh --reward_path {output}/model --actor_path ... --data_dir ... "
+        "--config ... --output_dir ..."
     )
 
 

@@ -25,9 +25,10 @@ from common.data.records import Example
 from common.engine import distributed
 from common.errors import InputError, run_rank_command
 from common.files import claim_output_dir, read_jsonl, write_jsonl
+from common.generation.decode import check_decodable
 from common.generation.generate import Generated, generate_responses
 from common.generation.sampling import Sampling
-from common.models.loading import check_lengths, check_vocabulary, load_causal_lm, load_model_config, load_tokenizer
+from common.models.loading import causal_lm_skeleton, check_lengths, check_vocabulary, load_causal_lm, load_tokenizer
 from common.tracking import progress
 from step2_token_reward.corruptions import corrupt
 
@@ -39,18 +40,20 @@ BATCHES_PER_PART = 4
 class SampleConfig(ModelOptions):
     """Step 2, first part: responses of the SFT model to the train and dev examples, gold targets among them."""
 
-    model_name_or_path: str = option("", "The SFT model: step 1's folder model/. Every rank holds it whole.")
+    model_name_or_path: str = option(
+        "", "The SFT model: step 1's folder model/. Every rank holds it whole.", group="model and data",
+    )
     pad_token: str = option("", "Pad token where the tokenizer has none: 'eos', or a token of its vocabulary.")
     data_dir: str = option("", "Folder with train.jsonl and dev.jsonl.")
     output_dir: str = option("", "Folder that gets samples.jsonl.")
     resume: bool = option(False, "Go on with the parts that a killed run left out.")
     overwrite: bool = option(False, "Replace the samples that output_dir holds.")
     seed: int = option(0, "Seed of the choice of examples, the responses and the corruptions.")
-    prompt_template: str = option("plain", "The template of step 1.")
+    prompt_template: str = option("plain", "The template of step 1.", group="prompts and responses")
     num_queries: int = option(3, "Queries a response, as in step 1.")
     max_prompt_tokens: int = option(512, "Token budget of a prompt, as in step 1.")
     max_response_tokens: int = option(64, "A response is cut off here; it then counts as not finished.")
-    samples_per_prompt: int = option(1, "Sampled responses an example.")
+    samples_per_prompt: int = option(1, "Sampled responses an example.", group="what is sampled")
     temperature: float = option(1.0, "1 samples the model itself, which is what step 3 will see.")
     gold: bool = option(True, "Also write the true next queries, as a response of origin 'gold'.")
     corrupt_share: float = option(
@@ -67,10 +70,9 @@ def main() -> None:
     check_config(config)
     device = distributed.start()
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, config.pad_token)
-    check_lengths(
-        load_model_config(config.model_name_or_path, config.trust_remote_code),
-        config.max_prompt_tokens + config.max_response_tokens,
-    )
+    skeleton = causal_lm_skeleton(config.model_name_or_path, config)
+    check_decodable(skeleton)
+    check_lengths(skeleton.config, config.max_prompt_tokens + config.max_response_tokens)
     builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
     parts = cut_into_parts(choose_examples(config), config.batch_size * BATCHES_PER_PART)
     distributed.on_main_first(lambda: claim(config))

@@ -7,24 +7,30 @@ from dataclasses import dataclass
 from common.config import LoraOptions, ModelOptions, OptimizerOptions, RunOptions, ZeroOptions, option
 from common.engine.adapters import check_adapters
 from common.errors import InputError
-from common.feedback.load import ANNOTATORS
+from common.feedback.load import ANNOTATORS, OWN, check_annotator_name
 
 
 @dataclass
 class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroOptions):
     """Token-level PPO: tune the model of step 1 with the reward model of step 2."""
 
-    actor_path: str = option("", "Model folder or hub name that is tuned; also the reference. Step 1's model.")
+    actor_path: str = option(
+        "", "Model folder or hub name that is tuned; also the reference. Step 1's model.", group="models and data",
+    )
     reward_path: str = option("", "Token reward model, step 2's model.")
     critic_path: str = option("", "Model whose trunk the critic starts from; empty: the actor's.")
     data_dir: str = option("", "Folder with train.jsonl, made by common.data.prepare.")
-    pad_token: str = option("", "Token to pad with when the tokenizer has none: 'eos' or a token.")
+    pad_token: str = option(
+        "", "Token to pad with when the tokenizer has none: 'eos' or a token.", group="prompts and responses",
+    )
     prompt_template: str = option("plain", "plain, compact, chat, or a Jinja file. As in step 1.")
     num_queries: int = option(3, "k, queries a response (paper: 3 for AOL, 10 for the industrial log).")
     max_prompt_tokens: int = option(512, "Budget of the prompt in tokens; the oldest events are left out.")
     max_response_tokens: int = option(48, "Longest response in tokens, EOS included.")
 
-    total_steps: int = option(200, "Rollouts to make, each followed by its PPO updates.")
+    total_steps: int = option(
+        200, "Rollouts to make, each followed by its PPO updates.", group="rollouts and batches",
+    )
     rollout_batch_size: int = option(64, "Prompts a rollout, over all ranks.")
     samples_per_prompt: int = option(1, "Responses sampled for each prompt.")
     mini_batch_size: int = option(32, "Responses an optimiser step, over all ranks.")
@@ -45,7 +51,9 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
     ppo_epochs: int = option(1, "Passes over each rollout.")
     temperature: float = option(1.0, "Sampling temperature; log-probs are those of the same distribution.")
 
-    actor_learning_rate: float = option(1e-6, "Peak learning rate of the actor (full fine-tuning of 7B class models).")
+    actor_learning_rate: float = option(
+        1e-6, "Peak learning rate of the actor (full fine-tuning of 7B class models).", group="optimisers",
+    )
     critic_learning_rate: float = option(5e-6, "Peak learning rate of the critic (2 to 10 times the actor's).")
     lr_schedule: str = option(
         "constant", "After the warm-up: constant, or linear to 0.", choices=["constant", "linear"]
@@ -56,7 +64,7 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
     critic_warmup_steps: int = option(5, "First steps in which the critic alone learns.")
 
-    gamma: float = option(1.0, "Discount.")
+    gamma: float = option(1.0, "Discount.", group="PPO and the KL")
     line_gamma: float = option(
         1.0, "Further discount across a line break; 0: each query of a list is an episode of its own."
     )
@@ -84,6 +92,7 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
     reward_level: str = option(
         "token", "Where the reward stands: each token (TPPO), each query's end, or the response's end (PPO).",
         choices=["token", "query", "response"],
+        group="rewards",
     )
     reward_spread: str = option(
         "split", "A word's score on its tokens: copied to each, or split over them.", choices=["split", "copy"]
@@ -103,8 +112,9 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
     list_cost: float = option(1.0, "Cost of each missing line, and of a missing EOS, in worst queries.")
 
     monitor: str = option(
-        "", "Annotator that judges every rollout beside the reward model: judge/* in TensorBoard.",
-        choices=["", *ANNOTATORS],
+        "", "Annotator that judges every rollout beside the reward model (judge/* in TensorBoard): "
+        f"{', '.join(ANNOTATORS)}, or a function of your own, {OWN}.",
+        group="a judge beside the reward",
     )
     truth: str = option("", "For the monitor simulated: truth.jsonl of the embedded log.")
     reward_from: str = option(
@@ -119,6 +129,7 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
     hybrid_weights: str = option(
         "auto", "Weights during rollout under ZeRO-3: gathered (fast), sharded (little memory), or what memory allows.",
         choices=["auto", "gathered", "sharded"],
+        group="speed and memory",
     )
     offload_states: bool = option(False, "Optimisers' states rest in host memory during rollout.")
     old_logprobs: str = option(
@@ -126,7 +137,11 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
         "and differs by rollout/mismatch_* (TensorBoard).",
         choices=["recomputed", "sampled"],
     )
-    save_steps: int = option(50, "Checkpoint every so many steps, and at the end.")
+    plan: str = option(
+        "stop", "Before weights are loaded, plan what a rank will hold; stop, or warn, where it has not that much.",
+        choices=["off", "warn", "stop"],
+    )
+    save_steps: int = option(50, "Checkpoint every so many steps, and at the end.", group="checkpoints and samples")
     keep_checkpoints: int = option(
         2, "Newest checkpoints to keep, besides the one of the highest judged relevance (without a monitor: reward)."
     )
@@ -160,6 +175,7 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
         for name in ("gamma", "line_gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name} must lie between 0 and 1, not {getattr(self, name)}")
+        check_annotator_name(self.monitor, "monitor", known=("", *ANNOTATORS))
         if self.monitor_margin > 0 and not self.monitor:
             raise InputError("--monitor_margin needs --monitor: without a judge there is nothing to compare with")
         if self.reward_from == "monitor" and not self.monitor:
@@ -169,6 +185,8 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
         if self.offload_states and self.offload != "none":
             raise InputError("--offload_states has nothing to move: with --offload states rest in host memory anyway")
         check_adapters(self)
+        if self.lora_dropout > 0:
+            raise InputError("--lora_dropout must be 0 in step 3: log-probs of two passes are compared")
         if 0 < self.dual_clip <= 1:
             raise InputError(f"--dual_clip must be above 1, or 0 for none, not {self.dual_clip}")
         _check_divides("rollout_batch_size", self.rollout_batch_size, world_size, "the number of ranks")

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
+from common.data.prompts import PromptBuilder
 from common.engine.distributed import barrier, rank
 from common.engine.hybrid import HybridEngine
 from common.models.loading import save_model_folder
@@ -16,15 +16,16 @@ from step3_tppo.config import Step3Config
 from step3_tppo.models import Models
 
 
-def export_models(models: Models, tokenizer: PreTrainedTokenizerBase, config: Step3Config) -> None:
+def export_models(models: Models, prompts: PromptBuilder, config: Step3Config) -> None:
     """Write the tuned actor (`model/`, with LoRA also its adapters) and the critic (`critic/`). All ranks must call."""
     folder = Path(config.output_dir)
     state = whole_state_dict(models.actor)
     if rank() == 0:
         generation = {
-            "do_sample": True, "temperature": config.temperature, "max_new_tokens": config.max_response_tokens
-        }
-        save_model_folder(models.actor.module, tokenizer, folder / "model", generation, state)
+            "do_sample": True, "temperature": config.temperature, "top_k": 0,
+            "max_new_tokens": config.max_response_tokens,
+        }  # fmt: skip
+        save_model_folder(models.actor.module, prompts.tokenizer, folder / "model", generation, state, prompts)
     state = whole_state_dict(models.critic)
     if rank() == 0:
         temporary = folder / ".critic.tmp"

@@ -16,7 +16,7 @@ _WARNINGS = {
     ),
     "no response holds a word": (
         lambda scalars: scalars["response/words_per_query"] == 0.0,
-        "look at samples in TensorBoard: the policy has collapsed, or the actor's tokenizer is not its own",
+        "look at the pages in samples/: the policy has collapsed, or the actor's tokenizer is not its own",
     ),
     "the reward model gives every word the same score": (
         lambda scalars: scalars["reward/word_score_std"] < CONSTANT_STD,

@@ -25,17 +25,20 @@ from common.errors import InputError, run_rank_command
 from common.feedback.load import load_annotator
 from common.files import claim_output_dir, write_json
 from common.models.loading import check_machine, load_tokenizer
+from common.pages.drawing import draw_or_tell
+from common.pages.report import PAGE_NAME, write_report
 from step3_tppo.config import Step3Config
 from step3_tppo.export import export_models
 from step3_tppo.models import build_models
 from step3_tppo.monitor import RolloutMonitor
+from step3_tppo.planning import check_memory
 from step3_tppo.rollout import RolloutMaker, reward_options
 from step3_tppo.trainer import TPPOTrainer
 
 MAY_DIFFER_ON_RESUME = frozenset(
     {
         "output_dir", "resume", "overwrite", "total_steps", "save_steps", "keep_checkpoints", "sample_steps",
-        "tensorboard", "hang_timeout",
+        "tensorboard", "hang_timeout", "plan",
     }
 )
 
@@ -48,6 +51,7 @@ def main() -> None:
     config.validate(distributed.world_size())
     check_machine(config.actor_path, config, config.quantize)
     check_machine(config.critic_path or config.actor_path, config)
+    check_memory(config, device)
     distributed.on_main_first(lambda: claim(config))
     distributed.seed_everything(config.seed)
 
@@ -64,7 +68,7 @@ def main() -> None:
     make_rollout = RolloutMaker(models, prompts, reward_options(config, length), config, device, judge)
     TPPOTrainer(config, models, make_rollout, examples, device, monitor).train()
 
-    export_models(models, tokenizer, config)
+    export_models(models, prompts, config)
     distributed.on_main_first(lambda: report(config, time.perf_counter() - begun))
 
 
@@ -90,17 +94,23 @@ def median_query_tokens(tokenizer: PreTrainedTokenizerBase, examples: Sequence[E
 
 
 def report(config: Step3Config, seconds: float) -> None:
-    """Say where everything lies."""
+    """Draw the run's page and say where everything lies."""
     folder = Path(config.output_dir)
     write_json(folder / "timings.json", {"step3_tppo": round(seconds, 1)})
+    draw_or_tell(str(folder / PAGE_NAME), lambda: write_report(folder))
     print(
         f"\nstep 3 took {seconds:.0f} s\n"
         f"  tuned model   {folder / 'model'}\n"
         f"  critic        {folder / 'critic'}\n"
         f"  checkpoints   {folder / 'checkpoints'}\n"
         f"  metrics       {folder / 'metrics.jsonl'}\n"
+        f"  report        {folder / PAGE_NAME} (curves, warnings, sampled answers)\n"
         f"  TensorBoard   tensorboard --logdir {folder}\n"
-        "next: bash scripts/evaluate.sh",
+        f"try it: python scripts/predict.py --model {folder / 'model'}\n"
+        f"next: bash scripts/evaluate.sh --data_dir {config.data_dir} --output_dir {folder}/evaluation "
+        f"--systems before={config.actor_path} tppo={folder / 'model'} --prompt_template {config.prompt_template} "
+        f"--max_prompt_tokens {config.max_prompt_tokens} --max_new_tokens {config.max_response_tokens} "
+        f"--num_queries {config.num_queries} --temperature {config.temperature:g}",
         flush=True,
     )
 

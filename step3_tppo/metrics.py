@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 import torch
 
-from common.engine.distributed import max_over_ranks, sum_over_ranks, world_size
-from common.evaluation.metrics import has_format_error, word_counts
-from common.evaluation.report import escape
+from common.engine.distributed import gather_from_ranks, max_over_ranks, sum_over_ranks, world_size
+from common.evaluation.metrics import copy_counts, distinct_n, has_format_error, word_counts
 from common.text import normalise, split_queries
 from step3_tppo.rollout import Rollout, part_tensor
 
@@ -22,11 +22,15 @@ def rollout_metrics(
     """Scalars of one rollout: rewards and their parts per token, per query and per response, KL, lengths, formats.
 
     `returns`, `advantages` (before whitening) and `kl_penalty`, the KL's part of the reward, are (B, T); `k` is the
-    number of queries asked for. Explained variance is that of the critic before its update.
+    number of queries asked for. Explained variance is that of the critic before its update. `response/distinct_2`, 0
+    for a rollout without a bigram, is comparable between rollouts of the same size alone.
     """
     mask = rollout.batch.response_mask
     responses = [split_queries(response.text) for response in rollout.generated]
     queries = [normalise(query) for response in responses for query in response]
+    copied = [
+        copy_counts(lines, example.searched, k) for lines, example in zip(responses, rollout.examples, strict=True)
+    ]
     sums = {name: part_tensor(rollout, name)[mask].sum() for name in REWARD_PARTS} | {
         "kl_penalty": kl_penalty[mask].sum(),
         "kl": rollout.kl[mask].sum(),
@@ -42,6 +46,8 @@ def rollout_metrics(
             for lines, generated in zip(responses, rollout.generated, strict=True)
         ),
         "repeats": sum(len(response) - len(set(map(normalise, response))) for response in responses),
+        "copied_queries": sum(copies for copies, _ in copied),
+        "written_queries": sum(written for _, written in copied),
         "words": sum(len(query.split()) for query in queries),
         "word_scores": sum(score for scores in rollout.word_scores for score in scores),
         "word_squares": sum(score * score for scores in rollout.word_scores for score in scores),
@@ -70,6 +76,8 @@ def rollout_metrics(
         "response/eos_rate": total["finished"] / count,
         "response/format_error_rate": total["format_errors"] / count,
         "response/repeated_query_rate": total["repeats"] / lines,
+        "response/copy_rate": total["copied_queries"] / max(total["written_queries"], 1.0),
+        "response/distinct_2": distinct_n(chain.from_iterable(gather_from_ranks(responses)), 2, k) or 0.0,
         "response/repeated_word_rate": total["repeated_words"] / max(total["counted_words"], 1.0),
         "response/function_word_rate": total["function_words"] / max(total["counted_words"], 1.0),
     }
@@ -119,23 +127,6 @@ def position_profiles(
     return {"tokens": tokens.tolist(), **means}
 
 
-def samples_markdown(rollout: Rollout, limit: int = 4) -> str:
-    """A few responses with each token's reward, as a Markdown table whose cells are escaped."""
-    blocks = []
-    for row in range(min(limit, len(rollout.generated))):
-        decoded = rollout.decoded[row]
-        cells = [
-            f"| {_cell(decoded.text[int(start) : math.ceil(end)])} | {reward:+.2f} | {kl:+.2f} |"
-            for (start, end), reward, kl in zip(
-                decoded.spans, rollout.parts[row].total, rollout.kl[row].tolist(), strict=False
-            )
-        ]
-        history = "; ".join(event.text for event in rollout.examples[row].history[-3:])
-        header = [f"**after:** {escape(history)}", "", "| token | reward | KL |", "|---|---|---|"]
-        blocks.append("\n".join([*header, *cells]))
-    return "\n\n".join(blocks)
-
-
 def _value_metrics(
     values: torch.Tensor, returns: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor
 ) -> dict[str, float]:
@@ -163,8 +154,3 @@ def _summed(values: dict[str, torch.Tensor | float]) -> dict[str, float]:
     device = next((value.device for value in values.values() if isinstance(value, torch.Tensor)), torch.device("cpu"))
     totals = sum_over_ranks(torch.tensor([float(value) for value in values.values()], device=device).double())
     return dict(zip(values, totals.tolist(), strict=True))
-
-
-def _cell(token: str) -> str:
-    """A token's text as a table cell, with line breaks and nothing at all made visible."""
-    return escape(token.replace("\n", "⏎")) or "∅"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -16,9 +18,18 @@ from common.engine import distributed
 from common.engine.deepspeed_config import inference_config, training_config
 from common.engine.hybrid import HybridEngine
 from common.engine.memory import cache_bytes, free_bytes, gathered_bytes, weights_that_fit
-from common.models.loading import apply_lora, check_lengths, check_vocabulary, load_causal_lm
+from common.generation.decode import check_decodable
+from common.models.loading import (
+    apply_lora,
+    causal_lm_skeleton,
+    check_lengths,
+    check_vocabulary,
+    has_attention,
+    load_causal_lm,
+    without_dropout,
+)
 from common.models.sequences import ScoringWay, without_wrapper
-from common.models.token_reward import TokenRewardModel, load_token_reward_scorer
+from common.models.token_reward import TokenRewardModel, load_token_reward_scorer, token_classifier_skeleton
 from common.models.token_scores import VOCABULARY_PIECE, gives_logits_of_its_head
 from common.models.value_model import load_value_model
 from step3_tppo.config import Step3Config
@@ -47,19 +58,25 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
     )
     frozen = inference_config(config, world_size=world_size)
 
-    # Within the sharded loading, because DoRA's magnitudes begin as the norms of whole weights.
-    actor = _load(training, lambda: apply_lora(load_causal_lm(config.actor_path, config, config.quantize), config))
-    check_lengths(actor.config, config.max_prompt_tokens + config.max_response_tokens)
+    skeleton = causal_lm_skeleton(config.actor_path, config)
+    check_decodable(skeleton)
+    check_lengths(skeleton.config, config.max_prompt_tokens + config.max_response_tokens)
+    load_policy = partial(load_causal_lm, config.actor_path, config, config=without_dropout(skeleton.config))
+    # Adapters within the sharded loading too, because DoRA's magnitudes begin as the norms of whole weights.
+    actor = _load(training, lambda: apply_lora(load_policy(quantize=config.quantize), config))
     check_vocabulary(actor, tokenizer)
     packed = config.packed == "true" or (config.packed == "auto" and config.attn_implementation == "flash_attention_2")
     critic = _load(training, lambda: load_value_model(config.critic_path or config.actor_path, config, packed))
+    check_vocabulary(critic.trunk, tokenizer)
+    check_lengths(critic.trunk.config, config.max_prompt_tokens + config.max_response_tokens)
     if config.gradient_checkpointing:
         actor.gradient_checkpointing_enable()
         critic.gradient_checkpointing_enable()
     reference = None
     if config.lora_r == 0:
-        reference = _frozen(_load(frozen, lambda: load_causal_lm(config.actor_path, config)), frozen)
-    scorer = _load(frozen, lambda: load_token_reward_scorer(config.reward_path, config))
+        reference = _frozen(_load(frozen, load_policy), frozen)
+    reward_options = _reward_options(config)
+    scorer = _load(frozen, lambda: load_token_reward_scorer(config.reward_path, reward_options))
     models = Models(
         actor=_trained(actor, config.actor_learning_rate, training, config),
         reference=reference,
@@ -70,6 +87,15 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
     )
     _choose_weights(models, config)
     return models._replace(way=ScoringWay(packed, in_pieces=_scores_in_pieces(models.actor)))
+
+
+def _reward_options(config: Step3Config) -> Step3Config:
+    """How the reward model is loaded: as the others, but with its own attention where it has not their kernel."""
+    if has_attention(token_classifier_skeleton(config.reward_path, config), config.attn_implementation):
+        return config
+    said = f"the reward model has no {config.attn_implementation} attention: it runs with eager"
+    distributed.on_main_first(lambda: print(said, flush=True))
+    return dataclasses.replace(config, attn_implementation="eager")
 
 
 def _load(config: dict[str, Any], load: Callable[[], Any]) -> Any:

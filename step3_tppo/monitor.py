@@ -7,17 +7,25 @@ better (Gao et al. 2023). An annotator that judges the rollouts themselves shows
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from common.engine.distributed import sum_over_ranks
-from common.evaluation.summary import MEASURES, measure_table, score_rows
+from common.evaluation.over_optimisation import over_optimised
+from common.evaluation.summary import MEASURES, Row, measure_table, score_rows
 from common.feedback.annotator import Annotator
 from step3_tppo.rewards import MAX_WORD_SCORE
 from step3_tppo.rollout import Rollout
 
 BINS = 10
-WINDOW = 10
+
+
+class Judgement(NamedTuple):
+    """`judge/...` scalars over all ranks, and the scored rows of this rank's responses (`score_rows`)."""
+
+    scalars: dict[str, float]
+    rows: list[Row]
 
 
 class RolloutMonitor:
@@ -27,11 +35,12 @@ class RolloutMonitor:
         self._annotator = annotator
         self._k = num_queries
 
-    def __call__(self, rollout: Rollout) -> dict[str, float]:
-        """`judge/...` scalars over all ranks.
+    def __call__(self, rollout: Rollout) -> Judgement:
+        """Judge all of a rollout.
 
-        `relevance_rate`, `mean_word_score`; `word_gap`, the reward model's mean word score less the judge's (0..2);
-        and `word_calibration_error`, the mean distance of the two within ten bins of the former, weighted by words.
+        The scalars: `relevance_rate`, `mean_word_score`; `word_gap`, the reward model's mean word score less the
+        judge's (0..2); and `word_calibration_error`, the mean distance of the two within ten bins of the former,
+        weighted by words.
         """
         rows = [{"response": response.text, "finished": response.finished, "tokens": len(response.ids)}
                 for response in rollout.generated]
@@ -43,12 +52,13 @@ class RolloutMonitor:
         means = torch.tensor([*table[:, columns].sum(0), len(rows)], dtype=torch.float64)
         relevance, words, count = sum_over_ranks(means).tolist()
         gap, error = calibration(predicted, judged)
-        return {
+        scalars = {
             "judge/relevance_rate": relevance / count,
             "judge/mean_word_score": words / count,
             "judge/word_gap": gap,
             "judge/word_calibration_error": error,
         }
+        return Judgement(scalars, scored)
 
 
 class OverOptimisation:
@@ -67,14 +77,10 @@ class OverOptimisation:
 
     def found(self) -> bool:
         """Whether the run should end here."""
-        if self._margin <= 0 or len(self._history) < 2 * WINDOW:
+        if self._margin <= 0:
             return False
-        smooth = [
-            tuple(sum(column) / WINDOW for column in zip(*self._history[end - WINDOW : end], strict=True))
-            for end in range(WINDOW, len(self._history) + 1)
-        ]
-        best = max(smooth)
-        return best[0] - smooth[-1][0] > self._margin and smooth[-1][1] >= best[1]
+        judged, rewards = ([pair[place] for pair in self._history] for place in (0, 1))
+        return over_optimised(judged, rewards, self._margin)
 
     def state(self) -> list[tuple[float, float]]:
         """What a checkpoint must hold."""

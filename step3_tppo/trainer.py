@@ -21,7 +21,9 @@ from common.engine.offload import resting_optimizers
 from common.engine.preemption import Preemption
 from common.engine.watchdog import Watchdog
 from common.errors import Preempted, TrainingDiverged
+from common.evaluation.summary import Row
 from common.models.sequences import TokenScores, response_scores
+from common.pages.sections import tensorboard_layout
 from common.tracking import Tracker, progress
 from step3_tppo.advantages import generalized_advantages, token_discounts, whiten
 from step3_tppo.config import Step3Config
@@ -33,23 +35,25 @@ from step3_tppo.metrics import (
     phase_metrics,
     position_profiles,
     rollout_metrics,
-    samples_markdown,
     update_metrics,
 )
 from step3_tppo.models import Models
 from step3_tppo.monitor import OverOptimisation, RolloutMonitor
 from step3_tppo.normalisation import RewardNormaliser
 from step3_tppo.rollout import Rollout, RolloutMaker
+from step3_tppo.samples import SampleLog, chosen_samples
 
 MAX_SEED = 2**31
 
 
 class StepResult(NamedTuple):
-    """What a step leaves to be logged: numbers, lists along the places of a response, and the rollout itself."""
+    """What a step leaves to be logged: numbers, lists along the places of a response, and the rollout itself with the
+    monitor's scores of its responses, if there is one."""
 
     scalars: dict[str, float]
     profiles: dict[str, list[float]]
     rollout: Rollout
+    judged: list[Row] | None
 
 
 class TPPOTrainer:
@@ -87,7 +91,10 @@ class TPPOTrainer:
         Raises `TrainingDiverged`, `SaveFailed`, and `Preempted` once a signal has asked for a stop and all is saved.
         """
         first = self._resume()
-        tracker = Tracker(self._config.output_dir, tensorboard=self._config.tensorboard, first_step=first)
+        tracker = Tracker(
+            self._config.output_dir, tensorboard=self._config.tensorboard, first_step=first, layout=tensorboard_layout()
+        )
+        samples = SampleLog(self._config.output_dir, first)
         bar = progress(total=self._config.total_steps, initial=first, desc="step 3: TPPO")
         try:
             with Preemption() as preemption, self._watchdog:
@@ -97,7 +104,7 @@ class TPPOTrainer:
                         break
                     self._set_learning_rates(step)
                     result = self._step(step)
-                    self._log(step, result, tracker)
+                    self._log(step, result, tracker, samples)
                     self._warn(bar, self._guard.check(step, result.scalars))
                     self._learn(result.scalars)
                     score, kl = (result.scalars[name] for name in ("reward/score_per_response", "kl/per_sequence"))
@@ -118,11 +125,11 @@ class TPPOTrainer:
             for warning in warnings:
                 bar.write(f"warning: {warning}")
 
-    def _log(self, step: int, result: StepResult, tracker: Tracker) -> None:
+    def _log(self, step: int, result: StepResult, tracker: Tracker, samples: SampleLog) -> None:
         tracker.scalars(step, result.scalars)
         tracker.profiles(step, result.profiles)
-        if step % self._config.sample_steps == 0:
-            tracker.text(step, "samples", samples_markdown(result.rollout))
+        if step % self._config.sample_steps == 0 and distributed.rank() == 0:
+            samples.show(step, chosen_samples(step, result.rollout, result.judged), tracker)
 
     def _learn(self, scalars: dict[str, float]) -> None:
         """Take a step's reward, and the judge's relevance where there is one, into what decides on stops and on the
@@ -150,8 +157,10 @@ class TPPOTrainer:
         advantages, returns = generalized_advantages(rewards, rollout.values, mask, discounts, config.lam)
         scalars = rollout_metrics(rollout, returns, advantages, kl_penalty, config.num_queries)
         scalars["kl/coef"] = beta
+        judged = None
         if self._monitor is not None:
-            scalars |= self._monitor(rollout)
+            judge_scalars, judged = self._monitor(rollout)
+            scalars |= judge_scalars
         _check_finite(torch.stack([rewards.sum(), rollout.values[mask].sum()]), step, "a reward or a value")
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)
@@ -162,7 +171,7 @@ class TPPOTrainer:
         seconds = rollout.seconds | {"update": time.perf_counter() - begun}
         scalars["policy/learning_rate"] = self._models.actor.engine.get_lr()[0]
         self._kl.update(scalars["kl/per_sequence"], config.rollout_batch_size * config.samples_per_prompt)
-        return StepResult(scalars | phase_metrics(seconds, mask.sum().double()), profiles, rollout)
+        return StepResult(scalars | phase_metrics(seconds, mask.sum().double()), profiles, rollout, judged)
 
     def _update(
         self, step: int, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor

@@ -59,6 +59,7 @@ def main() -> None:
         study.run(lambda planner: _plan(planner, config, scale, chosen), tuple(config.real_log), scale)
     write_results(results)
     print(f"results: {results}/README.md, {results}/reproduction.json")
+    print("next: read the first: whether the goal is reached, then the tables")
 
 
 def _plan(planner: Planner, config: StudyConfig, scale: Any, chosen: Chosen) -> None:
@@ -132,10 +133,10 @@ def _summary(record: dict[str, Any] | None) -> str:
 def command() -> None:
     """`main`, with a failed study told in one line."""
     try:
-        run_command(main)
+        main()
     except StudyFailed as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    command()
+    run_command(command)

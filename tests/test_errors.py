@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,12 +31,14 @@ print("went on")
 """
 
 
-def run(body: str, ranks: int) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"WORLD_SIZE": str(ranks), "RANK": "1" if ranks > 1 else "0"}
-    return subprocess.run(
-        [sys.executable, "-c", COMMAND.format(body=body)], cwd=ROOT, env=environment, capture_output=True, text=True,
-        check=False,
-    )
+def run(body: str, ranks: int, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"WORLD_SIZE": str(ranks), "RANK": "1" if ranks > 1 else "0"} | variables
+    command = [sys.executable, "-c", COMMAND.replace("{body}", body), *flags]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def read(path: str) -> list[str]:
+    return (ROOT / path).read_text().splitlines()
 
 
 def test_a_finished_rank_does_what_is_due_at_exit_and_is_gone() -> None:
@@ -57,10 +60,62 @@ def test_a_rank_that_fails_says_why_and_how_badly(body: str, status: int, messag
     assert ended.stdout == "worked\nat exit\n"
 
 
-def test_an_error_that_nobody_foresaw_keeps_its_traceback() -> None:
-    ended = run("{}['missing']", ranks=2)
+def test_an_error_that_nobody_foresaw_is_one_paragraph_and_its_traceback_is_kept(tmp_path: Path) -> None:
+    body = "from common.files import write_json; write_json('/dev/null/x', 1)"
+    ended = run(body, ranks=2, TMPDIR=str(tmp_path))
+    assert ended.returncode == 1 and ended.stdout == "worked\nat exit\n"
+    line = next(number for number, text in enumerate(read("common/files.py"), start=1) if ".mkdir(parents" in text)
+    assert re.fullmatch(
+        rf"\[rank 1\] failed: (NotADirectory|FileExists)Error: .* \(common/files\.py:{line}\)\. "
+        r"--debug shows the traceback; it is kept in /\S+/traceback_rank1\.txt\n",
+        ended.stderr,
+    ), ended.stderr
+    kept = Path(ended.stderr.split()[-1])
+    assert "Traceback (most recent call last)" in kept.read_text() and 'files.py", line' in kept.read_text()
+    assert kept.is_relative_to(tmp_path)
+
+
+def test_tracebacks_of_a_run_stand_in_its_folder_one_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "run_config.json").write_text("{}")
+    for text in ("first", "second"):
+        ended = run(f"raise RuntimeError('{text}')", 1, "--output_dir", str(tmp_path))
+        assert f"failed: RuntimeError: {text} (" in ended.stderr
+        assert ended.stderr.endswith(f"it is kept in {tmp_path}/traceback_rank0.txt\n")
+    kept = (tmp_path / "traceback_rank0.txt").read_text()
+    assert kept.count("Traceback (most") == 2 and kept.index("RuntimeError: first") < kept.index("RuntimeError: second")
+
+
+def test_a_full_disk_does_not_lose_the_traceback(tmp_path: Path) -> None:
+    (tmp_path / "run_config.json").write_text("{}")
+    (tmp_path / "traceback_rank0.txt").mkdir()  # stands for a file that cannot be written
+    ended = run("{}['missing']", 1, "--output_dir", str(tmp_path))
     assert ended.returncode == 1
-    assert "KeyError: 'missing'" in ended.stderr
+    assert "Traceback (most recent call last)" in ended.stderr and "failed: KeyError: 'missing'" in ended.stderr
+
+
+@pytest.mark.parametrize(("flags", "environment"), [(("--debug",), {}), ((), {"TPPO_DEBUG": "1"})])
+@pytest.mark.parametrize(("error", "status"), [("InputError('no')", 2), ("RuntimeError('no')", 1)])
+def test_with_debug_every_error_shows_its_traceback(
+    error: str, status: int, flags: tuple[str, ...], environment: dict[str, str]
+) -> None:
+    ended = run(f"import sys; assert '--debug' not in sys.argv; raise {error}", 1, *flags, **environment)
+    assert ended.returncode == status
+    assert "Traceback (most recent call last)" in ended.stderr and "kept in" not in ended.stderr
+    assert re.match(r"(error: no|failed: RuntimeError: no \(.*\))\n$", ended.stderr.splitlines(keepends=True)[-1])
+
+
+def test_an_error_under_the_watchdog_tells_its_phase(tmp_path: Path) -> None:
+    body = f"""from common.engine.watchdog import Watchdog
+    with Watchdog({str(tmp_path)!r}, 0) as watchdog:
+        watchdog.phase("rollout", 7)
+        raise ValueError("two\\nlines")"""
+    ended = run(body, 1, TMPDIR=str(tmp_path))
+    assert re.match(r"failed: ValueError: two lines \(<string>:\d+, in rollout of step 7\)\. ", ended.stderr)
+
+
+def test_an_error_of_a_full_gpu_says_where_help_is(tmp_path: Path) -> None:
+    ended = run("import torch; raise torch.OutOfMemoryError('full')", 1, TMPDIR=str(tmp_path))
+    assert "failed: OutOfMemoryError: full (" in ended.stderr and "docs/scaling_up.md says what" in ended.stderr
 
 
 def test_a_process_of_its_own_goes_on_after_a_command() -> None:

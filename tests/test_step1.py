@@ -1,25 +1,22 @@
-"""Step 1: labels, loss, gradients, resume, divergence, and the whole command on two ranks."""
+"""Step 1: labels, loss, gradients, resume, divergence."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import shutil
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from common.config import LoraOptions, parse_config
+from common.config import LoraOptions
 from common.data.prompts import PromptBuilder
 from common.data.records import Event, Example
-from common.engine.manifest import MANIFEST, damage, is_complete, write_manifest
+from common.engine.manifest import damage, is_complete, write_manifest
 from common.engine.trainer import (
     LengthGroupedOrder,
     checkpoint_step,
@@ -29,15 +26,10 @@ from common.engine.trainer import (
 )
 from common.engine.trainer_options import training_arguments
 from common.errors import InputError, Preempted, TrainingDiverged
-from common.files import read_json, write_jsonl
-from common.models.loading import apply_lora, save_model_folder
-from common.tracking import read_metrics
+from common.models.loading import apply_lora
 from step1_sft.config import SftConfig, check_config
 from step1_sft.dataset import PadRight, build_rows
-from step1_sft.main import main
 from step1_sft.trainer import SftTrainer, response_metrics, token_nll, token_weights
-from tests.distributed.ranks import run_on_ranks
-from tests.engine.test_manifest import flip_a_bit
 from tests.tiny_models import ordinary_tokenizer, tiny_llama
 
 EOS = 0
@@ -308,7 +300,7 @@ def test_only_complete_checkpoints_count(tmp_path):
     assert newest_checkpoint(tmp_path) is None
     for step in (5, 10):
         (tmp_path / f"checkpoint-{step}" / "weights").write_text("w")
-        write_manifest(tmp_path / f"checkpoint-{step}")
+        write_manifest(tmp_path / f"checkpoint-{step}", world_size=1, sequences_a_step=4)
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert checkpoint_step(tmp_path / "checkpoint-10") == 10
     remove_incomplete_checkpoints(tmp_path)
@@ -342,107 +334,3 @@ class TestConfig:
                 training_arguments(self.config(deepspeed_config=str(path)))
         finally:
             unset_hf_deepspeed_config()
-
-    @pytest.mark.parametrize("path", sorted(Path("step1_sft/configs").glob("*.yaml")), ids=lambda path: path.name)
-    def test_the_configs_that_ship_are_valid(self, path):
-        given = ["--model_name_or_path=m", "--data_dir=d", "--output_dir=o"]
-        check_config(parse_config(SftConfig, ["--config", str(path), *given]))
-
-
-def run_main(rank: int, world_size: int, arguments: list[str]) -> str:
-    """Step 1's command as this rank; returns its error, if it has one."""
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.argv", ["main.py", *arguments])
-            main()
-    except InputError as error:
-        return str(error)
-    finally:
-        unset_hf_deepspeed_config()  # other tests share these processes
-    return ""
-
-
-@pytest.mark.distributed
-def test_two_ranks_with_zero_3_equal_one_without_and_resume_equals_a_straight_run(tmp_path):
-    model = tiny_llama(initializer_range=0.05)
-    model.save_pretrained(tmp_path / "base")
-    ordinary_tokenizer().save_pretrained(tmp_path / "base")
-    words = ["hat", "shoes", "grinder", "bicycle", "price"]
-    examples = [example(i, (f"blue {words[i % 5]}", f"{words[i % 3]} " * (1 + i % 4))) for i in range(12)]
-    write_jsonl(tmp_path / "data" / "train.jsonl", (item.to_dict() for item in examples))
-    write_jsonl(tmp_path / "data" / "dev.jsonl", (item.to_dict() for item in examples[:3]))
-
-    def arguments(name: str, *more: str) -> list[str]:
-        given = {
-            "model_name_or_path": tmp_path / "base", "data_dir": tmp_path / "data", "output_dir": tmp_path / name,
-            "num_queries": 2, "max_prompt_tokens": 180, "learning_rate": 1e-2, "prompt_loss_weight": 0.5,
-            "num_train_epochs": 1, "save_steps": 2, "eval_steps": 2, "logging_steps": 1, "warmup_ratio": 0,
-        }  # fmt: skip
-        return [f"--{key}={value}" for key, value in given.items()] + list(more)
-
-    def weights(name: str) -> dict[str, torch.Tensor]:
-        return AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict()
-
-    two_ranks = arguments("two", "--per_device_train_batch_size=1", "--gradient_accumulation_steps=2")
-    assert run_on_ranks(run_main, 2, two_ranks) == ["", ""]
-    builder = PromptBuilder(ordinary_tokenizer(), "plain", max_prompt_tokens=180, num_queries=2)
-    whole = make_trainer(
-        tmp_path / "whole", model, rows=build_rows(examples, builder, 64).rows, per_device_train_batch_size=4,
-        lr_scheduler_type="cosine", max_grad_norm=1.0, seed=0, prompt_loss_weight=0.5,
-    )  # fmt: skip
-    whole.train()
-    final = weights("two")
-    for name, weight in whole.model.state_dict().items():
-        assert torch.allclose(final[name], weight, atol=1e-5), name
-
-    rows = read_metrics(tmp_path / "two" / "metrics.jsonl")
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert len(losses) == 3 and losses[-1] < losses[0]
-    assert [row["step"] for row in rows if "eval_perplexity" in row] == [2, 3]
-    assert json.loads((tmp_path / "two" / "timings.json").read_text())["step1_sft"] > 0
-
-    assert all("--resume" in error for error in run_on_ranks(run_main, 2, two_ranks))
-    # As if killed while it wrote the last checkpoint; the one before it is from the middle of the epoch.
-    shutil.rmtree(tmp_path / "two" / "model")
-    checkpoints = tmp_path / "two" / "checkpoints"
-    (checkpoints / "checkpoint-3" / MANIFEST).unlink()
-    assert run_on_ranks(run_main, 2, [*two_ranks, "--resume"]) == ["", ""]
-    assert all(torch.equal(final[name], weight) for name, weight in weights("two").items())
-    # And as if the disk had changed a bit of it since.
-    shutil.rmtree(tmp_path / "two" / "model")
-    flip_a_bit(max((checkpoints / "checkpoint-3").rglob("*.pt"), key=lambda path: path.stat().st_size))
-    assert run_on_ranks(run_main, 2, [*two_ranks, "--resume"]) == ["", ""]
-    names = sorted(path.name for path in checkpoints.iterdir())
-    assert names == [".damaged_checkpoint-3", "checkpoint-2", "checkpoint-3"]
-    assert all(torch.equal(final[name], weight) for name, weight in weights("two").items())
-    assert [row["loss"] for row in read_metrics(tmp_path / "two" / "metrics.jsonl") if "loss" in row] == losses
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have all of it")
-@pytest.mark.parametrize("flags", [["--liger"], ["--quantize=nf4", "--lora_r=4", "--dtype=bf16", "--zero_stage=2"]])
-def test_what_cannot_run_here_is_refused_before_anything_is_read(flags):
-    places = ["--model_name_or_path=nowhere", "--data_dir=nowhere", "--output_dir=nowhere"]
-    assert "needs a CUDA GPU" in run_main(0, 1, [*places, *flags])
-
-
-@pytest.mark.distributed
-def test_dora_under_zero_3_is_exported_as_base_and_adapter(tmp_path):
-    save_model_folder(tiny_llama(), ordinary_tokenizer(), tmp_path / "base", {})
-    examples = [example(i, ("blue hat", "red shoes"[: 3 + i % 6])) for i in range(8)]
-    for split in ("train", "dev"):
-        write_jsonl(tmp_path / "data" / f"{split}.jsonl", (item.to_dict() for item in examples))
-    flags = {
-        "model_name_or_path": tmp_path / "base", "data_dir": tmp_path / "data", "output_dir": tmp_path / "run",
-        "num_queries": 2, "max_prompt_tokens": 180, "learning_rate": 1e-2, "num_train_epochs": 1, "lora_r": 4,
-        "lora_dora": "true", "fused_adam": "true", "warmup_ratio": 0,
-    }  # fmt: skip
-    assert run_on_ranks(run_main, 2, [f"--{key}={value}" for key, value in flags.items()]) == ["", ""]
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    ids = torch.tensor([[5, 6, 7, 8, 30, 31]])
-    with torch.no_grad():
-        start = base(ids).logits
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")(ids).logits
-        adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "model" / "adapter").eval()(ids).logits
-    assert torch.allclose(merged, adapted, atol=1e-4)  # fp32 sums in another order, logits of size 10
-    assert not torch.allclose(merged, start, atol=1e-2), "the adapters must have learned"
-    assert read_json(tmp_path / "run" / "environment.json")["choices"]["fused_adam"]

@@ -13,14 +13,16 @@ from common.errors import InputError
 class DpoConfig(TrainerOptions):
     """Baseline: direct preference optimisation of step 1's model on the sentence labels of its samples."""
 
-    model_name_or_path: str = option("", "The model that is tuned, also the reference: step 1's folder model/.")
+    model_name_or_path: str = option(
+        "", "The model that is tuned, also the reference: step 1's folder model/.", group="model and data",
+    )
     pad_token: str = option("", "Pad token where the tokenizer has none: 'eos', or a token of its vocabulary.")
     samples: str = option("", "The labelled responses: samples.jsonl, written by step 2's sample.py.")
     labels: str = option("", "Their labels: labels.jsonl, written by step 2's label.py; sentence scores are read.")
-    prompt_template: str = option("plain", "The template of step 1.")
+    prompt_template: str = option("plain", "The template of step 1.", group="prompts and responses")
     num_queries: int = option(3, "Queries a response, as in step 1.")
     max_prompt_tokens: int = option(512, "Token budget of a prompt, as in step 1.")
-    beta: float = option(0.1, "Weight of the KL to the reference (the paper of DPO: 0.1 to 0.5).")
+    beta: float = option(0.1, "Weight of the KL to the reference (the paper of DPO: 0.1 to 0.5).", group="loss")
     temperature: float = option(1.0, "Log-probs are taken at it: that of the samples and of later use.")
     learning_rate: float = option(5e-7, "Peak learning rate of AdamW.")
     num_train_epochs: float = option(1.0, "Passes over the pairs.")

@@ -15,12 +15,20 @@ from baselines.dpo.trainer import DpoTrainer, add_reference
 from common.config import parse_config
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
-from common.engine.trainer import newest_checkpoint, run_callbacks
+from common.engine.trainer import newest_checkpoint, prepare_to_load, run_callbacks
 from common.engine.trainer_options import prepare_output, training_arguments
 from common.engine.watchdog import Watchdog
 from common.errors import run_rank_command
 from common.feedback.labels import read_labels
-from common.models.loading import check_machine, check_vocabulary, load_causal_lm, load_tokenizer, save_model_folder
+from common.models.loading import (
+    check_machine,
+    check_vocabulary,
+    load_causal_lm,
+    load_model_config,
+    load_tokenizer,
+    save_model_folder,
+    without_dropout,
+)
 
 
 def main() -> None:
@@ -42,11 +50,13 @@ def main() -> None:
     add_reference(train + dev, reference, collator, config.per_device_eval_batch_size, config.temperature)
     del reference
 
+    policy_config = load_model_config(config.model_name_or_path, config.trust_remote_code)
     args = training_arguments(config)
     checkpoint = newest_checkpoint(args.output_dir)
+    prepare_to_load(checkpoint, args)
     watchdog = Watchdog(config.output_dir, config.hang_timeout)
     trainer = DpoTrainer(
-        model=load_causal_lm(config.model_name_or_path, config),
+        model=load_causal_lm(config.model_name_or_path, config, config=without_dropout(policy_config)),
         args=args,
         train_dataset=train,
         eval_dataset=dev,
@@ -62,8 +72,16 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     weights = trainer.whole_weights()
     folder = Path(config.output_dir) / "model"
-    distributed.on_main_first(lambda: save_model_folder(trainer.model, tokenizer, folder, {"do_sample": True}, weights))
-    distributed.on_main_first(lambda: print(f"{len(train)} pairs; model: {folder}", flush=True))
+    settings = {"do_sample": True, "top_k": 0}
+    distributed.on_main_first(
+        lambda: save_model_folder(trainer.model, tokenizer, folder, settings, weights, builder)
+    )
+    closing_words = (
+        f"{len(train)} pairs; model: {folder}\n"
+        f"next: bash scripts/evaluate.sh --systems before={config.model_name_or_path} dpo={folder} --data_dir ... "
+        "--output_dir ..."
+    )
+    distributed.on_main_first(lambda: print(closing_words, flush=True))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from common.feedback.labels import sample_item
 from common.models.reward_losses import MAX_SCORE
 from common.models.sequences import pad_sequences
 from common.text import normalise, split_queries
+from common.tracking import progress
 
 
 class Pair(TypedDict):
@@ -69,7 +70,7 @@ def build_pairs(
             )
             candidates.setdefault(sample["example_id"], []).append(Candidate(sample, score))
     pairs = []
-    for group in candidates.values():
+    for group in progress(candidates.values(), desc=f"pairs of {split}"):
         best, worst = (choose(group, key=lambda candidate: candidate.score) for choose in (max, min))
         if best.score > worst.score:
             prompt = builder.ids(sample_item(best.sample).history)

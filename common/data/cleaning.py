@@ -92,7 +92,7 @@ class Cleaner:
 
     def clean(self, record: Record, tally: RuleTally) -> Record | None:
         """The cleaned record, or None when a rule drops it. White space and control characters become one space."""
-        events: Sequence[Event] = [_tidy(event) for event in record.events]
+        events: Sequence[Event] = [tidy_event(event) for event in record.events]
         for rule, keep in self._record_rules.items():
             if not tally.test(rule, "records", keep(record, events)):
                 return None
@@ -177,7 +177,8 @@ def _queries(events: Sequence[Event]) -> list[str]:
     return [event.query for event in events if event.type == "search"]
 
 
-def _tidy(event: Event) -> Event:
+def tidy_event(event: Event) -> Event:
+    """`event` with its texts on one line each, without control characters; every rule sees events so."""
     query, title, url = (_one_line(text) for text in (event.query, event.title, event.url))
     if event.type == "search":
         query = query or ""  # white space alone: left for the rule no_words to count

@@ -189,6 +189,11 @@ def load_examples(data_dir: str | Path, split: str) -> list[Example]:
     path = Path(data_dir) / f"{split}.jsonl"
     if not path.is_file():
         raise InputError(f"{path}: no such file; make it with python -m common.data.prepare --output_dir {data_dir}")
+    return read_examples(path)
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """The examples of one file. Raises `InputError`, with file and line, for a row that is no example."""
     examples = []
     for number, row in read_jsonl(path):
         try:

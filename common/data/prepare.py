@@ -37,7 +37,8 @@ class PrepareConfig(CleaningOptions, ExampleOptions):
     """Make train, dev and test examples from search logs."""
 
     log: list[str] = option(
-        [], "Search logs: files or folders (docs/data_formats.md); may be given several times.", action="extend"
+        [], "Search logs: files or folders (docs/data_formats.md); may be given several times.", action="extend",
+        group="what is read and written",
     )
     log_format: str = option(AUTO, "Format of every log; auto goes by each name.", choices=[AUTO, *READERS])
     max_bad_lines: int = option(0, "Lines of each log that may be skipped because they cannot be read.")
@@ -217,6 +218,9 @@ def summary(report: dict[str, Any], folder: Path) -> str:
             )
         lines.append(line)
     lines.append(f"Examples: {folder}/train.jsonl, dev.jsonl, test.jsonl. Kept and dropped: {folder / REPORT_NAME}")
+    lines.append(
+        f"next: bash scripts/run_step1.sh --data_dir {folder} --model_name_or_path ... --config ... --output_dir ..."
+    )
     return "\n".join(lines)
 
 

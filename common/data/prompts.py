@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import StrictUndefined, TemplateError
-from jinja2.sandbox import SandboxedEnvironment
+from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from common.data.records import Event
@@ -33,8 +33,8 @@ class PromptBuilder:
 
     `template` is `plain`, `compact`, a path to a template file, or `chat`: then the plain rendering becomes the user
     turn of the tokenizer's own chat template. A template sees `events` (oldest first, see `PromptEvent`) and
-    `num_queries`. Raises `InputError` for a template that is missing or does not render, or a chat template that the
-    tokenizer lacks.
+    `num_queries`; `template_source` is its text. Raises `InputError` for a template that is missing or does not render,
+    or a chat template that the tokenizer lacks.
     """
 
     def __init__(
@@ -45,8 +45,11 @@ class PromptBuilder:
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
         self.num_queries = num_queries
+        self.template = template
         self._chat = template == CHAT
-        self._template = _load_template("plain" if self._chat else template)
+        path = _template_path("plain" if self._chat else template)
+        self.template_source = path.read_text(encoding="utf-8")
+        self._template = _compile(self.template_source, path)
         self._special = _special_pattern(tokenizer)
 
     def ids(self, history: Sequence[Event]) -> list[int]:
@@ -60,6 +63,14 @@ class PromptBuilder:
     def text(self, history: Sequence[Event]) -> str:
         """The prompt's text, with the events that `ids` keeps."""
         return self._fit(history)[0]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a rendered prompt, whatever their number."""
+        if self._chat:
+            return self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        return self.tokenizer(text, add_special_tokens=True)["input_ids"]
 
     def clean(self, text: str) -> str:
         """One line of plain text: no line breaks, no special token of the tokenizer, at most `MAX_EVENT_CHARS`."""
@@ -83,7 +94,7 @@ class PromptBuilder:
         kept = len(events)
         while too_many - fits > 1:
             text = self._render(events[len(events) - kept :])
-            ids = self._encode(text)
+            ids = self.encode(text)
             if len(ids) <= self.max_prompt_tokens:
                 fits, best = kept, (text, ids)
             else:
@@ -95,7 +106,7 @@ class PromptBuilder:
         """The prompt with the longest beginning of one event's text that fits: it alone exceeds the budget."""
         for length in range(len(event.text) - 1, -1, -1):
             text = self._render([event._replace(text=event.text[:length])])
-            ids = self._encode(text)
+            ids = self.encode(text)
             if len(ids) <= self.max_prompt_tokens:
                 return text, ids
         raise InputError(
@@ -108,27 +119,24 @@ class PromptBuilder:
         except TemplateError as error:
             raise InputError(f"the prompt template does not render: {error}") from None
 
-    def _encode(self, text: str) -> list[int]:
-        if self._chat:
-            return self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        return self.tokenizer(text, add_special_tokens=True)["input_ids"]
 
-
-def _load_template(name: str):
+def _template_path(name: str) -> Path:
     path = TEMPLATE_DIR / f"{name}.jinja"
     if not path.is_file():
         path = Path(name)
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in TEMPLATE_DIR.glob("*.jinja")))
         raise InputError(f"prompt template {name!r} is neither a file nor one of {known}, {CHAT}")
+    return path
+
+
+def _compile(source: str, path: Path) -> Template:
     # Sandboxed: a template is configuration, but it may come with somebody else's model.
-    environment = SandboxedEnvironment(
+    environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
     try:
-        return environment.from_string(path.read_text(encoding="utf-8"))
+        return environment.from_string(source)
     except TemplateError as error:
         raise InputError(f"{path}: not a valid Jinja template ({error})") from None
 

@@ -119,6 +119,11 @@ class Example:
     history: tuple[Event, ...]
     targets: tuple[str, ...]
 
+    @property
+    def searched(self) -> list[str]:
+        """The queries of the history, oldest first."""
+        return [event.query or "" for event in self.history if event.type == "search"]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form, one line of `train.jsonl`, `dev.jsonl` or `test.jsonl`."""
         row = asdict(self)

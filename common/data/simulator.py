@@ -64,11 +64,12 @@ class SimulatorConfig:
     """Write the embedded search log and its latent truth."""
 
     output_dir: str = option(
-        "", "Folder for sessions.jsonl and truth.jsonl; it must be new, or see resume and overwrite."
+        "", "Folder for sessions.jsonl and truth.jsonl; it must be new, or see resume and overwrite.",
+        group="what is written",
     )
     resume: bool = option(False, "Keep the log that output_dir holds if it is complete; else write it.")
     overwrite: bool = option(False, "Replace the log that output_dir holds.")
-    num_users: int = option(3000, "Users in the log.")
+    num_users: int = option(3000, "Users in the log.", group="the log")
     num_targets: int = option(3, "A user's last searches with the target noise: the queries to be predicted.")
     min_history: int = option(6, "Fewest searches before the targets.")
     max_history: int = option(8, "Most searches before the targets.")
@@ -247,6 +248,7 @@ def main() -> None:
         write_log(config, folder)
     sizes = ", ".join(f"{size} {split}" for split, size in _split_sizes(config).items())
     print(f"{config.num_users} users ({sizes}): {folder / SESSIONS_NAME}, truth in {folder / TRUTH_NAME}")
+    print(f"next: python -m common.data.prepare --log {folder / SESSIONS_NAME} --output_dir {folder.parent / 'data'}")
 
 
 if __name__ == "__main__":

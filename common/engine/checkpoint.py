@@ -17,6 +17,7 @@ import torch
 
 from common.engine.distributed import barrier, on_main_first, rank, world_size
 from common.engine.manifest import is_complete, newest_sound, saving, write_manifest
+from common.engine.universal import SUFFIX, mend_optimizer, needs_universal, reading_universal
 from common.errors import InputError
 from common.files import read_json, write_json
 
@@ -78,18 +79,21 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 def load_checkpoint(path: Path, engines: dict[str, deepspeed.DeepSpeedEngine]) -> dict[str, Any]:
     """Restore `engines` and this rank's random state; returns what was saved as `state`, with its `step`.
 
-    Raises `InputError` when the checkpoint was written by another number of ranks.
+    Where another number of ranks wrote it, the universal form is read, and random states stay as they are. Raises
+    `InputError`, with the command that converts, when it has no such form.
     """
     state = read_json(path / "state.json")
-    if state["world_size"] != world_size():
-        raise InputError(
-            f"{path}: written by {state['world_size']} ranks, but {world_size()} are running; resume on as many"
-        )
+    universal = needs_universal(path, state["world_size"])
     for name, engine in engines.items():
-        loaded, _ = engine.load_checkpoint(str(path), tag=name, load_module_strict=False)
+        tag = name + SUFFIX if universal else name
+        with reading_universal(engine, universal):
+            loaded, _ = engine.load_checkpoint(str(path), tag=tag, load_module_strict=False)
         if loaded is None:
-            raise InputError(f"{path}: holds no checkpoint of {name}")
-    _restore_random_state(torch.load(path / f"random_rank{rank()}.pt", weights_only=True))
+            raise InputError(f"{path}: holds no checkpoint of {tag}")
+        if universal:
+            mend_optimizer(engine, path / tag)
+    if state["world_size"] == world_size():
+        _restore_random_state(torch.load(path / f"random_rank{rank()}.pt", weights_only=True))
     return state
 
 

@@ -85,6 +85,15 @@ def largest_over_ranks(value: int) -> int:
     return int(max_over_ranks(torch.tensor(value, dtype=torch.int64, device=device)))
 
 
+def gather_from_ranks(value: Any) -> list[Any]:
+    """`value` (any object that can be pickled) of each rank, in order, on every rank."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def true_on_any_rank(flag: bool) -> bool:
     """Whether `flag` is true on at least one rank; the same answer on all of them."""
     return bool(largest_over_ranks(int(flag)))

@@ -32,12 +32,20 @@ def saving(what: str, kept: str) -> Iterator[None]:
         raise SaveFailed(f"{what} could not be written ({one_line(error)}); is the disk full? {kept}") from error
 
 
-def write_manifest(folder: Path) -> None:
-    """List all files of `folder` in its manifest, once they are on disk. Call on all ranks, after all have written."""
+def write_manifest(folder: Path, **facts: int) -> None:
+    """List all files of `folder` in its manifest, once they are on disk. Call on all ranks, after all have written.
+
+    `facts` are numbers to keep beside the list: what a run must know before it reads the files.
+    """
     barrier()
     found = {name: _describe(folder / name) for name in _share(_names(folder))}
     files = {name: description for part in _from_all_ranks(found) for name, description in part.items()}
-    on_main_first(lambda: write_json(folder / MANIFEST, {"files": dict(sorted(files.items()))}))
+    on_main_first(lambda: write_json(folder / MANIFEST, {"facts": facts, "files": dict(sorted(files.items()))}))
+
+
+def read_facts(folder: Path) -> dict[str, int]:
+    """The numbers that `write_manifest` kept for a complete folder."""
+    return read_json(folder / MANIFEST)["facts"]
 
 
 def is_complete(folder: Path) -> bool:

@@ -43,11 +43,15 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available // ranks
 
 
+def mode_that_fits(needed: int, cache: int, free: int) -> WeightMode:
+    """Gathered if whole weights with their buffers, and keys and values, fit into what is free. Sizes in bytes."""
+    return "gathered" if HEADROOM * needed + cache <= free else "sharded"
+
+
 def weights_that_fit(needed: int, cache: int, free: int) -> tuple[WeightMode, str]:
     """How to see ZeRO-3 weights while generating, and why; the same on every rank. Sizes in bytes, of this rank."""
     tightest = -distributed.largest_over_ranks(-free)
-    asked = HEADROOM * needed + cache
-    mode: WeightMode = "gathered" if asked <= tightest else "sharded"
+    mode = mode_that_fits(needed, cache, tightest)
     return mode, (
         f"rollout weights: {mode} (gathered they take {needed / GIB:.2f} GiB a rank, times {HEADROOM} with buffers, "
         f"and keys and values {cache / GIB:.2f} GiB; {tightest / GIB:.2f} GiB are free on the fullest rank; "

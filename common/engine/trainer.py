@@ -17,12 +17,14 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from common.engine import distributed
-from common.engine.manifest import is_complete, newest_sound, saving, write_manifest
+from common.engine.manifest import is_complete, newest_sound, read_facts, saving, write_manifest
 from common.engine.preemption import Preemption
+from common.engine.universal import SUFFIX, mend_optimizer, needs_universal
 from common.engine.watchdog import Watchdog
-from common.errors import Preempted, TrainingDiverged
+from common.errors import InputError, Preempted, TrainingDiverged
 from common.tracking import JsonlCallback
 
+_UNIVERSAL = {"load_universal": True}  # DeepSpeed's setting
 _UNTOUCHED = "Those before it are untouched: make room, then --resume"
 
 
@@ -46,6 +48,13 @@ class RecipeTrainer(Trainer):
         """As in the base class; raises `SaveFailed` when the files cannot be written."""
         with saving(f"the checkpoint of step {self.state.global_step}", _UNTOUCHED):
             super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in the base class, after DeepSpeed has loaded `checkpoint`."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and _reads_universal(self.args):
+            (universal,) = Path(checkpoint).glob(f"*{SUFFIX}/")
+            mend_optimizer(self.model_wrapped, universal)
 
     def train(self, *arguments: Any, **settings: Any) -> Any:
         """As in the base class; raises `Preempted`, after a checkpoint, when a scheduler asks the run to stop."""
@@ -156,12 +165,33 @@ class CheckpointGuard(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Give the checkpoint its manifest once all ranks have written their parts; without it, it is not complete."""
         with saving(f"the manifest of step {state.global_step}", _UNTOUCHED):
-            write_manifest(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            write_manifest(folder, world_size=args.world_size, sequences_a_step=_sequences_a_step(args))
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint under `folder` that is complete and undamaged; None without one. Call on all ranks."""
     return newest_sound([path for path in _checkpoints(folder) if is_complete(path)])
+
+
+def prepare_to_load(checkpoint: Path | None, args: TrainingArguments) -> None:
+    """Have DeepSpeed read `checkpoint` in its universal form where another number of ranks wrote it.
+
+    Raises `InputError` where it has no such form, and for another number of sequences an optimiser step: the Trainer
+    finds its place in the data by counting steps.
+    """
+    if checkpoint is None:
+        return
+    facts, ours = read_facts(checkpoint), _sequences_a_step(args)
+    if facts["sequences_a_step"] != ours:
+        raise InputError(
+            f"{checkpoint} was trained on {facts['sequences_a_step']} sequences an optimiser step, but ranks x "
+            "--per_device_train_batch_size x --gradient_accumulation_steps make "
+            f"{args.world_size} x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} = {ours}; "
+            "set the two flags so that the product stays"
+        )
+    if needs_universal(checkpoint, facts["world_size"]):
+        args.hf_deepspeed_config.config["checkpoint"] = _UNIVERSAL
 
 
 def remove_incomplete_checkpoints(folder: str | Path) -> None:
@@ -191,6 +221,14 @@ def run_callbacks(
         writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step if checkpoint else None)
         callbacks.append(TensorBoardCallback(writer))
     return callbacks
+
+
+def _reads_universal(args: TrainingArguments) -> bool:
+    return args.deepspeed is not None and args.hf_deepspeed_config.config.get("checkpoint") == _UNIVERSAL
+
+
+def _sequences_a_step(args: TrainingArguments) -> int:
+    return args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
 
 
 def _checkpoints(folder: str | Path) -> list[Path]:

@@ -21,6 +21,8 @@ MAY_DIFFER = frozenset(
     {
         "output_dir", "resume", "overwrite", "tensorboard", "save_total_limit", "logging_steps",
         "per_device_eval_batch_size", "hang_timeout",
+        # As long as the sequences an optimiser step stay the same (`prepare_to_load`).
+        "per_device_train_batch_size", "gradient_accumulation_steps",
     }
 )
 
@@ -29,7 +31,7 @@ MAY_DIFFER = frozenset(
 class TrainerOptions(ZeroOptions, OptimizerOptions, ModelOptions, RunOptions):
     """How a Trainer trains; a step's own config gives other defaults where it needs them."""
 
-    learning_rate: float = option(2e-5, "Peak learning rate of AdamW.")
+    learning_rate: float = option(2e-5, "Peak learning rate of AdamW.", group="training")
     num_train_epochs: float = option(2.0, "Passes over the training data (paper: 2).")
     max_steps: int = option(0, "Stop after this many optimiser steps; 0 goes by num_train_epochs.")
     per_device_train_batch_size: int = option(4, "Sequences a rank and a micro-batch.")
@@ -41,7 +43,9 @@ class TrainerOptions(ZeroOptions, OptimizerOptions, ModelOptions, RunOptions):
     )
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
-    logging_steps: int = option(10, "Steps between two points of the training curves.")
+    logging_steps: int = option(
+        10, "Steps between two points of the training curves.", group="logging, evaluation, checkpoints",
+    )
     eval_steps: int = option(200, "Steps between two evaluations on held-out users; there is one at the end.")
     save_steps: int = option(200, "Steps between two checkpoints; there is one at the end.")
     hang_timeout: float = option(

@@ -2,7 +2,7 @@
 
 Each rank tells its phase in a small file of its own (`heartbeat/rank3.json`); a thread beside the work keeps that file
 fresh and looks at the clock. A rank that is stopped or gone gives no sign of life; one that waits in a collective
-lives, but its phase grows old.
+lives, but its phase grows old. A rank that leaves in good order, or by an error that it reports itself, says so there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Watchdog:
         self._interval = min(timeout / _LOOKS, _LONGEST_LOOK)
         self._phase = ("start", 0, time.time())
         self._ended = threading.Event()
+        self._news = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
@@ -44,17 +46,25 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if error is not None:
+            name, step, _ = self._phase
+            error.add_note(f"in {name} of step {step}")  # common.errors shows it
         self._ended.set()
+        self._news.set()
         if self._thread is not None:
             self._thread.join()
+            self._write()
 
     def phase(self, name: str, step: int) -> None:
         """Say what this rank does from now on."""
         self._phase = (name, step, time.time())
+        self._news.set()
 
     def _watch(self) -> None:
-        while not self._ended.wait(self._interval):
+        while not self._ended.is_set():
+            self._news.wait(self._interval)
+            self._news.clear()
             self._write()
             if time.time() - self._phase[2] > self._timeout:
                 print(self._report(), file=sys.stderr, flush=True)
@@ -65,7 +75,8 @@ class Watchdog:
         name, step, since = self._phase
         path = self._folder / f"rank{rank()}.json"
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"phase": name, "step": step, "since": since, "alive": time.time()}))
+        beat = {"phase": name, "step": step, "since": since, "alive": time.time(), "ended": self._ended.is_set()}
+        temporary.write_text(json.dumps(beat))
         temporary.replace(path)
 
     def _report(self) -> str:
@@ -75,7 +86,7 @@ class Watchdog:
             f"{self._timeout:g}); the last checkpoint is kept, --resume goes on from it. All ranks:"
         ]
         for number in range(world_size()):
-            beat = self._read(number)
+            beat = _read(self._folder / f"rank{number}.json")
             if beat is None:
                 lines.append(f"  rank {number}: never began")
                 continue
@@ -85,8 +96,35 @@ class Watchdog:
             lines.append(f"  rank {number}: {state}, in {beat['phase']} of step {beat['step']} for {since:.0f} s")
         return "\n".join(lines)
 
-    def _read(self, number: int) -> dict[str, Any] | None:
-        try:
-            return json.loads((self._folder / f"rank{number}.json").read_text())
-        except (OSError, ValueError):
-            return None
+
+def silent_ends(output_dir: str | Path, since: float) -> str:
+    """Which ranks of the run in `output_dir` ended without a word after the time `since` (seconds), the first on top.
+
+    Empty when all of them ended in good order or none has begun. A rank that was killed, by a signal, by the kernel for
+    its memory or with its machine, cannot speak for itself; its last heartbeat says what it was doing. Those that the
+    launcher then killed give signs of life for longer.
+    """
+    beats = {path.stem: _read(path) for path in (Path(output_dir) / FOLDER).glob("rank*.json")}
+    silent = {name: beat for name, beat in beats.items() if beat and not beat["ended"] and beat["alive"] > since}
+    if not silent:
+        return ""
+    lines = [
+        f"  {name.replace('rank', 'rank ')}: in {beat['phase']} of step {beat['step']}, last heard of at "
+        f"{datetime.fromtimestamp(beat['alive']):%H:%M:%S}"
+        for name, beat in sorted(silent.items(), key=lambda item: item[1]["alive"])
+    ]
+    return "\n".join(
+        [
+            "ended without a word, the first one first (a kill, also the kernel's for want of memory: see dmesg; a "
+            "crash in a library; a machine that went away):",
+            *lines,
+            "checkpoints are whole or absent: the same command with --resume goes on from the last one",
+        ]
+    )
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None

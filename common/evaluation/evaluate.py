@@ -43,7 +43,7 @@ from common.evaluation.summary import (
 from common.feedback.annotator import Annotator, BatchAnnotator
 from common.feedback.llm.annotator import LLMAnnotator
 from common.feedback.llm.options import EndpointOptions
-from common.feedback.load import ANNOTATORS, LLM, LLM_TEMPLATE, open_annotator
+from common.feedback.load import ANNOTATORS, LLM, LLM_TEMPLATE, OWN, check_annotator_name, open_annotator
 from common.files import atomic_write, read_json, write_json, write_jsonl
 
 REPORT_NAME = "report.json"
@@ -55,19 +55,23 @@ _SYSTEM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class EvaluateConfig(EndpointOptions, ModelOptions):
     """Compare systems (model folders) on held-out users and write report.json and report.md."""
 
-    data_dir: str = option("", "Folder with train.jsonl, dev.jsonl and test.jsonl.")
+    data_dir: str = option("", "Folder with train.jsonl, dev.jsonl and test.jsonl.", group="what is compared")
     systems: list[str] = option(
         [], "name=model folder ..., in the order of training; a later one is compared with each before it."
     )
     output_dir: str = option("", "Folder of the run; report.json, report.md and generations/ are written there.")
     overwrite: bool = option(False, "Replace the report that output_dir holds.")
-    annotator: str = option("lexical", "Who judges words and queries.", choices=[*ANNOTATORS, LLM])
+    annotator: str = option(
+        "lexical",
+        f"Who judges words and queries: {', '.join((*ANNOTATORS, LLM))}, or a function of your own, {OWN}.",
+        group="judge",
+    )
     truth: str = option("", "Latent truth of the simulated log; the annotator 'simulated' reads it.")
     reward_annotator: str = option(
         "", "Annotator whose labels trained the reward model (of llm: its model's name); the report warns when it is "
         "the judge too.",
     )
-    split: str = option("test", "Whose examples are used.", choices=list(SPLITS))
+    split: str = option("test", "Whose examples are used.", choices=list(SPLITS), group="examples and decoding")
     max_examples: int = option(0, "Use a random sample of this many examples; 0 uses all.")
     num_queries: int = option(3, "Queries asked for (the paper's k: AOL 3, industrial log 10).")
     prompt_template: str = option("plain", "The template that the systems were trained with.")
@@ -79,7 +83,7 @@ class EvaluateConfig(EndpointOptions, ModelOptions):
     )
     temperature: float = option(1.0, "Of sampled decoding; 1 is the model's own distribution.")
     batch_size: int = option(64, "Prompts generated at once; it takes part in what a seed draws.")
-    resamples: int = option(10_000, "Bootstrap resamples behind each interval.")
+    resamples: int = option(10_000, "Bootstrap resamples behind each interval.", group="report")
     shown_examples: int = option(5, "Examples printed in report.md, drawn at random; they hold text from the log.")
     timings: list[str] = option(
         [], 'Files with {"stage": seconds} to be taken into the report.'
@@ -111,6 +115,7 @@ def main() -> None:
         stream.write(render_markdown(report, choose_shown(examples, rows, config)))
     write_json(output_dir / REPORT_NAME, report)
     print(render_terminal(report, str(output_dir / "report.md")))
+    print(f"next: read its warnings, then single responses with their scores in {output_dir / 'generations'}")
 
 
 def generate_and_score(
@@ -249,6 +254,7 @@ def check_config(config: EvaluateConfig) -> None:
     for name in ("data_dir", "output_dir"):
         if not getattr(config, name):
             raise InputError(f"--{name} is needed")
+    check_annotator_name(config.annotator, "annotator", known=(*ANNOTATORS, LLM))
     for name in ("num_queries", "max_prompt_tokens", "max_new_tokens", "batch_size", "resamples"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name} must be at least 1, not {getattr(config, name)}")

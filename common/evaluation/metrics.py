@@ -73,9 +73,15 @@ def copy_rate(queries: Sequence[str], history_queries: Iterable[str], k: int) ->
 
     A policy can win relevance by copying the history, so this is the first sign of a hacked reward.
     """
+    copies, written = copy_counts(queries, history_queries, k)
+    return copies / written if written else None
+
+
+def copy_counts(queries: Sequence[str], history_queries: Iterable[str], k: int) -> tuple[int, int]:
+    """Written queries that equal one of the history, and all written ones."""
     written = _written(queries, k)
     seen = distinct_forms(history_queries)
-    return sum(query in seen for query in written) / len(written) if written else None
+    return sum(query in seen for query in written), len(written)
 
 
 def duplicate_rate(queries: Sequence[str], k: int) -> float | None:

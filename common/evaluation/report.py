@@ -7,11 +7,10 @@ character of it that Markdown or HTML could act on is written as a character ref
 from __future__ import annotations
 
 import textwrap
-import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from common.text import split_queries
+from common.text import split_queries, visible_line
 
 LABELS = {
     "relevance_rate": "relevance rate",
@@ -41,9 +40,42 @@ def escape(text: str) -> str:
     White space and control characters become single spaces; invisible format characters (which could reverse the
     line) and lone surrogates (which no file can hold) are left out; other ASCII marks become character references.
     """
-    spaced = "".join(" " if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char for char in text)
-    visible = "".join(char for char in spaced if unicodedata.category(char) not in ("Cf", "Cs"))
-    return "".join(_reference(char) for char in " ".join(visible.split()))
+    return "".join(_reference(char) for char in visible_line(text))
+
+
+class Table(NamedTuple):
+    """A table as texts; a row begins with its name."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def report_tables(report: Mapping[str, Any]) -> list[Table]:
+    """The tables of a report, the main decoding's first. They hold no text from logs."""
+    tables = []
+    for decoding, metrics in _by_decoding(report).items():
+        header, rows = _metric_rows(report, decoding, metrics)
+        tables.append(Table(f"{decoding.capitalize()} decoding", ["", *header], rows))
+    parts = [("Item by item", _comparison_rows(report))] if report["comparisons"] else []
+    if report.get("judge"):
+        parts.append(("The judge's two templates", _relevance_rows(report["judge"])))
+        if report["judge"]["comparisons"]["sentence"]:
+            parts.append(("Its verdicts on pairs of lists", _verdict_rows(report["judge"])))
+    timings = [[stage, f"{seconds:.1f}"] for stage, seconds in report["timings"].items()]
+    parts.append(("Time", [["stage", "seconds"], *timings]))
+    return tables + [Table(title, header, rows) for title, (header, *rows) in parts]
+
+
+def setting(report: Mapping[str, Any]) -> str:
+    """A sentence on what was evaluated and how."""
+    data = report["data"]
+    return (
+        f"{data['examples']} examples of {data['users']} users ({data['split']}), "
+        f"{report['num_queries']} queries each; "
+        f"judge: {report['annotator']}; sampling temperature {report['decoding']['temperature']}; "
+        f"seed {report['seed']}; brackets: 95 % intervals over users."
+    )
 
 
 def format_estimate(estimate: Mapping[str, Any], signed: bool = False) -> str:
@@ -63,7 +95,7 @@ def render_terminal(report: Mapping[str, Any], location: str) -> str:
     It holds no text from logs. Its last line names `location`, where the whole report lies.
     """
     names = list(report["systems"])
-    blocks = [textwrap.fill(_setting(report), _TERMINAL_WIDTH)]
+    blocks = [textwrap.fill(setting(report), _TERMINAL_WIDTH)]
     for decoding, metrics in _by_decoding(report).items():
         header, rows = _metric_rows(report, decoding, metrics)
         blocks.append("\n".join(_align([[f"{decoding} decoding", *header], *rows])))
@@ -83,7 +115,7 @@ def render_markdown(report: Mapping[str, Any], shown: Sequence[Mapping[str, Any]
     `shown` holds examples to print: `{"id", "history": [text], "targets": [text], "responses": {system: row}}` with
     rows of `summary.score_rows`.
     """
-    parts = [f"# Evaluation: {escape(', '.join(report['systems']))}", _setting(report)]
+    parts = [f"# Evaluation: {escape(', '.join(report['systems']))}", setting(report)]
     if report["warnings"]:
         parts += ["## Warnings", "\n".join(f"- {warning}" for warning in report["warnings"])]
     for decoding, metrics in _by_decoding(report).items():
@@ -108,16 +140,6 @@ def render_markdown(report: Mapping[str, Any], shown: Sequence[Mapping[str, Any]
             *(_render_example(number, example) for number, example in enumerate(shown, start=1)),
         ]
     return "\n\n".join(parts) + "\n"
-
-
-def _setting(report: Mapping[str, Any]) -> str:
-    data = report["data"]
-    return (
-        f"{data['examples']} examples of {data['users']} users ({data['split']}), "
-        f"{report['num_queries']} queries each; "
-        f"judge: {report['annotator']}; sampling temperature {report['decoding']['temperature']}; "
-        f"seed {report['seed']}; brackets: 95 % intervals over users."
-    )
 
 
 def _by_decoding(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -119,12 +119,7 @@ def find_warnings(
     `systems` maps a name to its metrics by decoding, in the order of training. A policy that copies the history,
     repeats itself, says the same to everybody or breaks the format may still win relevance.
     """
-    found: list[str] = []
-    if judge == reward_annotator:
-        found.append(
-            f"The judge ({judge}) is the annotator that the reward model was trained on: the tuned system is scored "
-            "by its own teacher, so its gain is optimistic."
-        )
+    found = [own_teacher_warning(judge)] if judge == reward_annotator else []
     first, last = next(iter(systems)), list(systems)[-1]
     for decoding in systems[first]:
         before, after = systems[first][decoding], systems[last][decoding]
@@ -140,10 +135,17 @@ def find_warnings(
     return found
 
 
+def own_teacher_warning(judge: str) -> str:
+    """What to say when the judge is the annotator whose labels trained the reward model."""
+    return (
+        f"The judge ({judge}) is the annotator that the reward model was trained on: the tuned system is scored "
+        "by its own teacher, so its gain is optimistic."
+    )
+
+
 def _measure_row(example: Example, row: Row, k: int) -> dict[str, float | None]:
     queries = split_queries(row["response"])
-    searched = [event.query or "" for event in example.history if event.type == "search"]
-    new, repeated = metrics.new_and_repeated(example.targets, searched)
+    new, repeated = metrics.new_and_repeated(example.targets, example.searched)
     judged: dict[str, float | None] = dict.fromkeys(JUDGED_MEASURES)
     if row["queries"] is not None:
         judged = {
@@ -157,7 +159,7 @@ def _measure_row(example: Example, row: Row, k: int) -> dict[str, float | None]:
         "recall_new": metrics.target_recall(queries, new, k),
         "recall_repeated": metrics.target_recall(queries, repeated, k),
         "token_f1": metrics.best_match_f1(queries, example.targets, k),
-        "copy_rate": metrics.copy_rate(queries, searched, k),
+        "copy_rate": metrics.copy_rate(queries, example.searched, k),
         "duplicate_rate": metrics.duplicate_rate(queries, k),
         "words_per_query": metrics.words_per_query(queries, k),
         "tokens_per_response": row["tokens"],

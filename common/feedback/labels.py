@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.data.records import Event
-from common.errors import InputError
+from common.errors import InputError, one_line
 from common.feedback.annotator import Annotation, FeedbackItem, Unlabelled, check_annotation
 from common.files import digest, read_jsonl
 
@@ -95,7 +95,8 @@ def read_quarantine(labels_path: str | Path, samples: dict[str, dict[str, Any]])
         id_ = row.get("id")
         sample = samples.get(id_) if isinstance(id_, str) else None
         if sample is None or row.get("sample_digest") != sample_digest(sample):
-            raise InputError(f"{path}:{number}: {id_!r} belongs to another sample file; remove this file")
+            name = one_line(repr(id_), 80)
+            raise InputError(f"{path}:{number}: {name} belongs to another sample file; remove this file")
         reasons[id_] = str(row.get("reason"))
     return reasons
 
@@ -116,13 +117,13 @@ def read_existing_labels(
         sample = samples.get(id_) if isinstance(id_, str) else None
         if sample is None or row.get("sample_digest") != sample_digest(sample):
             raise InputError(
-                f"{place}: label {id_!r} belongs to another sample file; "
+                f"{place}: label {one_line(repr(id_), 80)} belongs to another sample file; "
                 "give the file that was labelled, or label this one into a new file"
             )
         annotator = annotator or row.get("annotator")
         if row.get("annotator") != annotator:
             raise InputError(
-                f"{place}: labelled by {row.get('annotator')!r}, not by {annotator!r}; "
+                f"{place}: labelled by {one_line(repr(row.get('annotator')), 80)}, not by {annotator!r}; "
                 "one file holds one annotator's labels: choose another labels file"
             )
         if id_ in labels:

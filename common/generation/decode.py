@@ -42,6 +42,10 @@ def check_decodable(model: PreTrainedModel) -> None:
     for argument in ("position_ids", "past_key_values", "logits_to_keep"):
         if not accepts(model, argument):
             raise InputError(f"{type(model).__name__} cannot generate here: its forward takes no {argument}")
+    if getattr(model.config.get_text_config(), "alibi", False):
+        raise InputError(
+            f"{type(model).__name__} cannot generate here: it has no positions but biases made from masks (alibi)"
+        )
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - ATTENTION_KINDS
     if kinds:
         raise InputError(f"{type(model).__name__} cannot generate here: it has layers of the kind {', '.join(kinds)}")

@@ -64,12 +64,18 @@ def generate_responses(
     ]
 
 
+def _masking_kernel(model: PreTrainedModel) -> str:
+    """The fastest kernel that takes any mask and that the architecture has: Gemma 2, which caps its logits, has no
+    SDPA."""
+    return "sdpa" if model._supports_sdpa else "eager"
+
+
 @contextmanager
 def _generating(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode, and a kernel that takes any mask: flash attention's takes none."""
     was_training, kernel = model.training, model.config._attn_implementation
     model.eval()
-    model.config._attn_implementation = kernel if kernel in ("sdpa", "eager") else "sdpa"
+    model.config._attn_implementation = kernel if kernel in ("sdpa", "eager") else _masking_kernel(model)
     try:
         yield
     finally:

@@ -22,6 +22,8 @@ from transformers import (
 
 from common.alignment import TokenDecoder
 from common.config import LoraOptions, ModelOptions
+from common.data.prompt_settings import save_prompt_settings, serving_tokenizer
+from common.data.prompts import PromptBuilder
 from common.errors import InputError
 from common.models.kernels import apply_liger, check_attention, check_liger, check_liger_family
 from common.models.quantization import check_quantization, is_packed, quantization_config, unpacked_state
@@ -74,6 +76,48 @@ def load_model_config(path: str, trust_remote_code: bool = False) -> PreTrainedC
         raise InputError(f"{path}: cannot read a model configuration ({_reason(path, error)})") from error
 
 
+def causal_lm_skeleton(path: str, options: ModelOptions) -> PreTrainedModel:
+    """The language model under `path` without storage (device "meta"): what can be asked before weights are read.
+
+    Raises `InputError` when it is no causal language model, or its architecture has not the attention kernel asked for.
+    """
+    config = load_model_config(path, options.trust_remote_code)
+    check_attention(options.attn_implementation, options.dtype)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{path}: cannot build a causal language model ({_first_line(error)})") from error
+    if not has_attention(model, options.attn_implementation):
+        raise InputError(f"{path}: {no_attention(model, options.attn_implementation)}")
+    return model
+
+
+def has_attention(model: PreTrainedModel, implementation: str) -> bool:
+    """Whether the model's architecture has this attention kernel; all have eager."""
+    supported = {"sdpa": model._supports_sdpa, "flash_attention_2": model._supports_flash_attn}
+    return supported.get(implementation, True)
+
+
+def no_attention(model: PreTrainedModel, implementation: str) -> str:
+    """What to tell a user who asked for a kernel that the architecture has not."""
+    return f"{type(model).__name__} has no {implementation} attention; add --attn_implementation eager"
+
+
+def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of `config` with all its dropout probabilities at 0.
+
+    PPO compares log-probs of two passes: with dropout in one of them (GPT-2 and OPT have 0.1) the ratio would be noise.
+    transformers names these settings alike (`attention_dropout`, `resid_pdrop`, `layerdrop`, ...).
+    """
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
+
+
 def check_machine(path: str, options: ModelOptions, quantize: str = "none") -> None:
     """Raise `InputError` unless the kernels that `options` choose and `quantize` can run here on the model at `path`.
 
@@ -86,16 +130,20 @@ def check_machine(path: str, options: ModelOptions, quantize: str = "none") -> N
         check_liger_family(load_model_config(path, options.trust_remote_code).model_type)
 
 
-def load_causal_lm(path: str, options: ModelOptions, quantize: str = "none") -> PreTrainedModel:
+def load_causal_lm(
+    path: str, options: ModelOptions, quantize: str = "none", config: PreTrainedConfig | None = None
+) -> PreTrainedModel:
     """The language model under `path` (folder or hub name), on the CPU, or sharded where ZeRO-3 has been set up.
 
-    With `quantize` (`LoraOptions`) its linear layers but the head in 4 bits, on the GPU. Raises `InputError` when it is
-    no causal language model, lacks weights, or its kernels cannot run here.
+    With `quantize` (`LoraOptions`) its linear layers but the head in 4 bits, on the GPU. `config` takes the place of
+    the one in the folder. Raises `InputError` when it is no causal language model, lacks weights, or its kernels cannot
+    run here.
     """
     check_machine(path, options, quantize)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
+            config=config,
             dtype=DTYPES[options.dtype],
             attn_implementation=options.attn_implementation,
             trust_remote_code=options.trust_remote_code,
@@ -165,19 +213,23 @@ def save_model_folder(
     path: str | Path,
     generation: Mapping[str, Any],
     state_dict: Mapping[str, torch.Tensor] | None = None,
+    prompts: PromptBuilder | None = None,
 ) -> Path:
     """Write a complete Hugging Face folder: safetensors, tokenizer, and a generation config with EOS and pad ids.
 
     A model with LoRA adapters is saved merged, so that the folder loads like any other, and its adapters alone in the
-    subfolder `adapter`, with tokenizer and generation config; 4-bit weights are unpacked for it. `generation` holds
-    further settings (`max_new_tokens`, ...). `state_dict` are the whole weights where the model's own are sharded. The
-    folder appears under `path` only once it is complete, in the place of an earlier one. Call it on one process;
-    `model` is left as it was. Returns `path`.
+    subfolder `adapter`, with all that is not weights; 4-bit weights are unpacked for it. `generation` holds
+    further settings (`max_new_tokens`, ...). `state_dict` are the whole weights where the model's own are sharded.
+    `prompts` is how the model was asked in training: it is recorded, and the tokenizer gets the chat template that
+    gives the same ids (`common.data.prompt_settings`). The folder appears under `path` only once it is complete, in the
+    place of an earlier one. Call it on one process; `model` is left as it was. Returns `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    if prompts is not None:
+        tokenizer = serving_tokenizer(prompts)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation_config = GenerationConfig(**special, **generation)
     if isinstance(model, PeftModel):
@@ -186,8 +238,7 @@ def save_model_folder(
             state_dict = unpacked_state(model)
         state_dict = state_dict or model.state_dict()
         model.save_pretrained(str(adapter), state_dict=dict(state_dict))
-        tokenizer.save_pretrained(adapter)
-        generation_config.save_pretrained(adapter)
+        _save_companions(adapter, tokenizer, generation_config, prompts)
         model, state_dict = _merged(model, state_dict), None
     if state_dict is not None:
         # Gathered copies no longer look tied, and would be written twice.
@@ -197,9 +248,18 @@ def save_model_folder(
     # Training turns the cache off in the configuration; whoever loads the folder wants it.
     config.update({**special, "use_cache": True})
     config.save_pretrained(temporary)
-    generation_config.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    _save_companions(temporary, tokenizer, generation_config, prompts)
     return _replace_folder(temporary, path)
+
+
+def _save_companions(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig, prompts: PromptBuilder | None
+) -> None:
+    """What must lie beside weights, or adapters, for others to use them."""
+    generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if prompts is not None:
+        save_prompt_settings(prompts, folder)
 
 
 def _merged(model: PeftModel, state_dict: Mapping[str, torch.Tensor]) -> PreTrainedModel:

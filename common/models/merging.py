@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from common.config import ModelOptions, option, parse_config
+from common.data.prompt_settings import SETTINGS_NAME, load_prompt_settings
 from common.errors import InputError, one_line
 from common.models.loading import ADAPTER_FOLDER, load_causal_lm, load_tokenizer, save_model_folder
 
@@ -65,8 +66,8 @@ def base_of(folder: Path) -> str:
 def merge(folder: Path, base: str, output: str | Path, dtype: str = "auto") -> Path:
     """Write the model at `base` with the adapters in `folder` added to `output`, which appears whole or not at all.
 
-    The tokenizer is the one beside the adapters, or else the base's. Raises `InputError` for a base that cannot be
-    loaded or that the adapters do not fit.
+    The tokenizer is the one beside the adapters, or else the base's; what is recorded there of the prompts in training
+    goes with it. Raises `InputError` for a base that cannot be loaded or that the adapters do not fit.
     """
     source = str(folder) if (folder / "tokenizer_config.json").is_file() else base
     tokenizer = load_tokenizer(source)
@@ -77,7 +78,9 @@ def merge(folder: Path, base: str, output: str | Path, dtype: str = "auto") -> P
         raise InputError(
             f"{base}: the adapters of {folder} do not fit this model ({one_line(error, 150)}); give theirs with --base"
         ) from error
-    return save_model_folder(adapted.merge_and_unload(safe_merge=True), tokenizer, output, _generation(folder))
+    prompts = load_prompt_settings(folder).builder(tokenizer) if (folder / SETTINGS_NAME).is_file() else None
+    merged = adapted.merge_and_unload(safe_merge=True)
+    return save_model_folder(merged, tokenizer, output, _generation(folder), prompts=prompts)
 
 
 def _generation(folder: Path) -> dict[str, Any]:

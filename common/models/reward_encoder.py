@@ -148,4 +148,6 @@ def _usable_positions(model: PreTrainedModel) -> int | None:
             # RoBERTa's family counts positions from the padding index on.
             unused = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - unused
+    if not getattr(model.config, "position_biased_input", True):
+        return None  # DeBERTa reads distances between tokens alone
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -31,12 +31,14 @@ BYTES = 256
 class TinyModelConfig:
     """Makes a tiny, untrained base model with a tokenizer that fits the examples of a run."""
 
-    data_dir: str = option("", "Folder with train.jsonl; the tokenizer is trained on it.")
+    data_dir: str = option(
+        "", "Folder with train.jsonl; the tokenizer is trained on it.", group="what is read and written",
+    )
     output_dir: str = option("", "Model folder to write.")
     overwrite: bool = option(False, "Replace the model that output_dir holds.")
     prompt_template: str = option("plain", "Template that step 1 will render prompts with: a name or a file.")
     num_queries: int = option(3, "Queries a response.")
-    vocab_size: int = option(1800, "Largest vocabulary; a small log may fill less.")
+    vocab_size: int = option(1800, "Largest vocabulary; a small log may fill less.", group="the model")
     hidden_size: int = option(128, "Width of the model.")
     num_layers: int = option(2, "Number of layers.")
     num_heads: int = option(4, "Attention heads; they divide hidden_size.")
@@ -55,7 +57,9 @@ def main() -> None:
     save_model_folder(model, tokenizer, config.output_dir, generation={})
     print(
         f"base model: {config.output_dir} ({model.num_parameters():,} parameters, {len(tokenizer)} tokens, "
-        f"trained on {len(texts)} texts of {len(examples)} examples)"
+        f"trained on {len(texts)} texts of {len(examples)} examples)\n"
+        "next: bash scripts/run_step1.sh --config step1_sft/configs/tiny.yaml "
+        f"--model_name_or_path {config.output_dir} --data_dir {config.data_dir} --output_dir ..."
     )
 
 

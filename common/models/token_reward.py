@@ -21,10 +21,10 @@ from common.alignment import NO_LINE, pool_token_scores, token_words
 from common.config import ModelOptions
 from common.data.prompts import CHAT, TEMPLATE_DIR
 from common.data.records import Event
-from common.errors import InputError, TrainingDiverged
+from common.errors import InputError, TrainingDiverged, one_line
 from common.files import read_json, write_json
 from common.models.kernels import apply_liger
-from common.models.loading import DTYPES, check_machine, load_fast_tokenizer
+from common.models.loading import DTYPES, check_machine, load_fast_tokenizer, load_model_config
 from common.models.query_score import QueryRule, compose_query_scores
 from common.models.reward_encoder import EncodedResponse, RewardEncoder, RewardInputOptions
 from common.models.reward_losses import MAX_SCORE, judges_words, predicted_sentences, without_class_weights
@@ -157,12 +157,31 @@ def load_token_reward_model(
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise InputError(f"{path}: cannot load a token classifier ({str(error).splitlines()[0]})") from error
+    except RuntimeError as error:
+        # transformers leaves heads of other sizes out, but not where it shards weights as it loads them.
+        raise InputError(
+            f"{path}: cannot load a token classifier ({one_line(error)}); if it is its head of other classes that does "
+            "not fit, add --zero_stage 2"
+        ) from error
     _check_trunk(path, model, report)
     if reads_both_ways(model):
         _switch_off_causality(path, model)
     if options.liger:
         apply_liger(model)
     return model
+
+
+def token_classifier_skeleton(path: str, options: ModelOptions) -> PreTrainedModel:
+    """The classifier under `path` without storage, to be asked before weights are read (and before ZeRO-3 is set up).
+
+    Raises `InputError` where the family has no token classifier.
+    """
+    config = load_model_config(path, options.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForTokenClassification.from_config(config, trust_remote_code=options.trust_remote_code)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{path}: cannot build a token classifier ({str(error).splitlines()[0]})") from error
 
 
 def output_names(heads: str) -> dict[int, str]:

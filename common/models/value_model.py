@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from common.config import ModelOptions
 from common.models.kernels import apply_liger
-from common.models.loading import check_machine
+from common.models.loading import check_machine, without_dropout
 from common.models.sequences import SequenceBatch, hidden_of_predictions, unflattened
 
 VALUE_HEAD_NAME = "value_head.safetensors"
@@ -25,7 +25,9 @@ class ValueModel(nn.Module):
         super().__init__()
         self.trunk = trunk
         self._packed = packed
-        hidden_size = trunk.config.get_text_config().hidden_size
+        config = trunk.config.get_text_config()
+        # OPT-350m's hidden states leave the trunk at the width of its embeddings.
+        hidden_size = getattr(config, "word_embed_proj_dim", config.hidden_size)
         self.value_head = nn.Linear(hidden_size, 1)
         # Small initial values: N(0, 1 / (h + 1)), as in summarize_from_feedback_details.
         nn.init.normal_(self.value_head.weight, std=1 / math.sqrt(hidden_size + 1))
@@ -54,7 +56,7 @@ def load_value_model(path: str | Path, options: ModelOptions, packed: bool = Fal
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     trunk = AutoModel.from_pretrained(
         path,
-        config=config,
+        config=without_dropout(config),
         dtype=dtype,
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,

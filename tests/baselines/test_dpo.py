@@ -23,6 +23,7 @@ from common.feedback.labels import label_row
 from common.files import write_jsonl
 from common.models.loading import load_causal_lm
 from common.models.sequences import SequenceBatch
+from common.tracking import read_metrics
 from tests.distributed.ranks import run_on_ranks
 from tests.tiny_models import ordinary_tokenizer, tiny_llama
 
@@ -127,7 +128,7 @@ def _main(rank: int, world_size: int, argv: list[str]) -> None:
 @pytest.mark.distributed
 def test_the_command_learns_its_pairs(tmp_path: Path) -> None:
     """On two ranks under ZeRO-3 the margin of the trained model over the reference becomes positive for every pair."""
-    tiny_llama().save_pretrained(tmp_path / "sft")
+    tiny_llama(attention_dropout=0.5).save_pretrained(tmp_path / "sft")
     ordinary_tokenizer().save_pretrained(tmp_path / "sft")
     samples = [sample for sample, _ in LABELLED]
     write_jsonl(tmp_path / "samples.jsonl", samples)
@@ -141,9 +142,12 @@ def test_the_command_learns_its_pairs(tmp_path: Path) -> None:
         "labels": tmp_path / "labels.jsonl", "output_dir": tmp_path / "dpo", "prompt_template": "compact",
         "num_queries": 2, "max_prompt_tokens": 32, "zero_stage": 3, "per_device_train_batch_size": 1,
         "learning_rate": 1e-3, "num_train_epochs": 10, "warmup_ratio": 0, "tensorboard": "false",
+        "logging_steps": 1,
     }  # fmt: skip
     argv = [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
     run_on_ranks(_main, 2, argv)
+    # Before the first update policy and reference are one, also in a model that has dropout.
+    assert read_metrics(tmp_path / "dpo" / "metrics.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     builder = _builder()
     pairs = build_pairs(LABELLED, builder, "train")
     inputs = PairCollator(builder.tokenizer.pad_token_id)(pairs)

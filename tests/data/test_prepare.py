@@ -64,7 +64,7 @@ def test_files_and_report(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(splits["test"]) == 5
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == f"{log}: read as jsonl (by its name)"
-    assert printed[-1].endswith(str(out / "data_report.json"))
+    assert printed[-2].endswith(str(out / "data_report.json"))
 
 
 def test_the_same_settings_write_the_same_bytes(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ longer than most tests. After a failure they are replaced, because a collective 
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import socket
 import time
@@ -85,6 +86,9 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
     distributed.start()
     while True:
         function, arguments = connection.recv()
+        # DeepSpeed collects garbage with every engine it makes: without what has been imported, in no time.
+        gc.collect()
+        gc.freeze()
         try:
             outcome = ("value", function(rank, world_size, *arguments))
         except BaseException:  # reported by the caller, whatever it is

@@ -89,7 +89,7 @@ def test_a_rank_that_dies_ends_the_job_on_both_hosts(hosts: Hosts, inputs: Path,
     flags = step3_flags(inputs, output, "--total_steps", "500", "--save_steps", "500")
     script = (
         "source scripts/environment.sh; use_cpu_ranks_without_gpu; "
-        'launch tests/step3/killed_main.py --hostfile "$0" SIGKILL step 3 1 "$@"'
+        'launch tests/distributed/killed_main.py --hostfile "$0" step3_tppo.main SIGKILL update 3 1 "$@"'
     )
     begun = time.monotonic()
     ended = subprocess.run(
@@ -98,6 +98,8 @@ def test_a_rank_that_dies_ends_the_job_on_both_hosts(hosts: Hosts, inputs: Path,
     )  # fmt: skip
     assert ended.returncode != 0
     assert time.monotonic() - begun < 120
+    assert "ended without a word" in ended.stderr, ended.stderr[-2000:]
+    assert "  rank 1: in update of step 2" in ended.stderr, ended.stderr[-2000:]
     assert not ranks_left(output), "a rank outlived the job"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common.engine.watchdog import FOLDER, Watchdog
+from common.engine.watchdog import FOLDER, Watchdog, silent_ends
 from common.errors import HUNG
 from tests.step3.runs import command, environment, ranks_left, write_inputs
 
@@ -49,13 +49,38 @@ def test_work_that_goes_on_is_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "off").exists()
 
 
+DIES = """
+import os, signal, sys, time
+from common.engine.watchdog import Watchdog
+with Watchdog(sys.argv[1], 100.0) as watchdog:
+    watchdog.phase("rollout", 7)
+    time.sleep(1)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ValueError
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "raises"])
+def test_only_a_rank_that_cannot_speak_for_itself_is_named_afterwards(end: str, tmp_path: Path) -> None:
+    begun = time.time()
+    subprocess.run([sys.executable, "-c", DIES, str(tmp_path), end], env=environment(), stderr=subprocess.DEVNULL)
+    other = {"phase": "update", "step": 8, "since": begun, "alive": time.time() + 30, "ended": False}
+    killed = "  rank 0: in rollout of step 7, last heard of at "
+    assert (killed in silent_ends(tmp_path, begun)) == (end == "killed")
+    (tmp_path / FOLDER / "rank1.json").write_text(json.dumps(other))  # which the launcher ended, half a minute later
+    lines = silent_ends(tmp_path, begun).splitlines()
+    assert [line[:8] for line in lines[1:-1]] == ["  rank 0", "  rank 1"][end != "killed" :]
+    assert silent_ends(tmp_path, time.time() + 60) == ""  # heartbeats of an earlier run
+
+
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_a_stopped_rank_ends_the_job_and_is_named_by_the_others(tmp_path: Path) -> None:
     """SIGSTOP stands for a machine that hangs. The launcher waits half a minute before it kills what it cannot end."""
     launch = command(write_inputs(tmp_path / "inputs"), tmp_path / "run", "--hang_timeout", "5")
     script = launch.index("step3_tppo/main.py")
-    launch[script : script + 1] = ["tests/step3/killed_main.py", "SIGSTOP", "update", "3", "1"]
+    launch[script : script + 1] = ["tests/distributed/killed_main.py", "step3_tppo.main", "SIGSTOP", "update", "3", "1"]
     ended = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=200)
     assert ended.returncode == HUNG, ended.stderr[-2000:]
     assert "rank 1: no sign of life for" in ended.stderr and "in update of step 2" in ended.stderr

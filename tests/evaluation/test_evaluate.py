@@ -71,7 +71,7 @@ def test_the_report(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert report["decoding"]["main"] == "sampled"
     assert report["settings"]["max_new_tokens"] == 20
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1] == f"report: {tmp_path / 'report.md'}"
+    assert printed.splitlines()[-2] == f"report: {tmp_path / 'report.md'}"
     assert f"{report['systems']['tppo']['mean_word_score']['value']:.3f} [" in printed
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert markdown.startswith("# Evaluation: sft, tppo\n")

@@ -96,7 +96,7 @@ def test_every_label_carries_its_template(
     tokens = [sum(row[field] for row in answers) for field in ("prompt_tokens", "answer_tokens")]
     cost = (2 * tokens[0] + 4 * tokens[1]) / 1e6
     assert f"60 requests, 60 answers, {tokens[0]} prompt tokens, {tokens[1]} answer tokens, cost {cost:.2f}" in printed
-    assert printed.splitlines()[-1] == f"labels by {name}: {samples.with_name('labels.jsonl')}"
+    assert printed.splitlines()[-2] == f"labels by {name}: {samples.with_name('labels.jsonl')}"
 
 
 def test_a_dry_run_asks_nothing_and_writes_nothing(

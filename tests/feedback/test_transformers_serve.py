@@ -6,16 +6,8 @@ answers are read. The server ignores `response_format`, so the form comes from t
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 import torch
@@ -26,6 +18,7 @@ from common.data.records import Event
 from common.feedback.annotator import Annotation, FeedbackItem, Unlabelled
 from common.feedback.llm.prompts import load_template, shown_history, shown_queries
 from tests.feedback.endpoint import annotate, options
+from tests.transformers_server import transformers_serve
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
@@ -100,34 +93,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(model_folder: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = (model_folder / "serve.log").open("w")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model_folder), "--port", str(port),
-         "--host", "127.0.0.1", "--device", "cpu"],
-        stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, start_new_session=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 200
-        while not _healthy(port):
-            assert process.poll() is None and time.monotonic() < deadline, (model_folder / "serve.log").read_text()
-            time.sleep(0.3)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        log.close()
-
-
-def _healthy(port: int) -> bool:
-    try:
-        with urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as response:
-            return response.status == 200
-    except (URLError, ConnectionError, TimeoutError):
-        return False
+def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with transformers_serve(model_folder, tmp_path_factory.mktemp("server")) as url:
+        yield url
 
 
 def test_labels_from_a_real_server(server: str, model_folder: Path, tmp_path: Path) -> None:

@@ -66,10 +66,10 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(inputs: Path, output: Path, *flags: str) -> list[tuple[int, str]]:
-    """The command on two ranks of the pool, which have imported everything; exit status and standard error of each."""
+def run(inputs: Path, output: Path, *flags: str, ranks: int = 2) -> list[tuple[int, str]]:
+    """The command on ranks of the pool, which have imported everything; exit status and standard error of each."""
     argv = command(inputs, output, *flags)
-    return run_on_ranks(run_main, 2, argv[argv.index("step3_tppo/main.py") :])
+    return run_on_ranks(run_main, ranks, argv[argv.index("step3_tppo/main.py") :])
 
 
 def run_main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
@@ -113,14 +113,20 @@ def numbers(output: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
 
 
+def page_names(output: Path) -> list[str]:
+    return sorted(page.name for page in (output / "samples").iterdir())
+
+
 def ranks_left(output: Path) -> str:
     """Process ids that still work on the run in `output`."""
     return subprocess.run(["pgrep", "-f", f"--output_dir {output}"], capture_output=True, text=True).stdout
 
 
 def assert_equal_runs(output: Path, straight: Path) -> None:
-    """The same metrics of every step, once each, and the same final weights, to the last bit."""
+    """The same metrics and samples of every step, once each, and the same final weights, to the last bit."""
     assert numbers(output) == numbers(straight)
+    assert (output / "samples.jsonl").read_text() == (straight / "samples.jsonl").read_text()
+    assert page_names(output) == page_names(straight)
     for name in WEIGHTS:
         ours, theirs = load_file(output / name), load_file(straight / name)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name

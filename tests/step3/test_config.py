@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from common.config import parse_config
 from common.errors import InputError
 from step3_tppo.config import Step3Config
 
@@ -39,9 +38,3 @@ def test_settings_that_cannot_work(change: dict, world_size: int, message: str) 
     with pytest.raises(InputError) as error:
         replace(GOOD, **change).validate(world_size)
     assert message in str(error.value)
-
-
-def test_shipped_configs_are_read_and_valid() -> None:
-    for name, ranks in (("tiny", 2), ("llama_8gpu", 8), ("llama_lora", 1)):
-        config = parse_config(Step3Config, ["--config", f"step3_tppo/configs/{name}.yaml"])
-        replace(config, output_dir="o", actor_path="a", reward_path="r", data_dir="d").validate(ranks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import signal
@@ -12,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from common.engine.checkpoint import list_checkpoints
+from common.engine.manifest import damage
 from tests.engine.test_manifest import flip_a_bit
-from tests.step3.runs import assert_equal_runs, command, environment, numbers, ranks_left, run_successfully
+from tests.step3.runs import assert_equal_runs, command, environment, numbers, ranks_left, run, run_successfully
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
-FLAGS = ("--total_steps", "20", "--save_steps", "4")
+# Samples of steps 0, 9 and 18: those of step 9 are there when a run that is killed in step 11 goes on from step 8.
+FLAGS = ("--total_steps", "20", "--save_steps", "4", "--sample_steps", "9")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,8 @@ def run_killed(inputs: Path, output: Path, place: str, call: int, rank: int) -> 
     """The run under the deepspeed launcher with a rank that kills itself; the launcher's exit status."""
     launch = command(inputs, output, *FLAGS)
     script = launch.index("step3_tppo/main.py")
-    launch[script : script + 1] = ["tests/step3/killed_main.py", "SIGKILL", place, str(call), str(rank)]
+    killed = ["step3_tppo.main", "SIGKILL", place, str(call), str(rank)]
+    launch[script : script + 1] = ["tests/distributed/killed_main.py", *killed]
     ended = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=300)
     assert not ranks_left(output), "the launcher left a rank behind"
     return ended.returncode
@@ -107,11 +109,25 @@ def _limit_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
 
 
-def test_another_number_of_ranks_is_refused_with_what_to_do(inputs: Path, straight: Path, tmp_path: Path) -> None:
+def test_another_number_of_ranks_reads_the_converted_checkpoint(inputs: Path, straight: Path, tmp_path: Path) -> None:
+    """Refused at first, with the command that converts; then it goes on, and what is done stays as it is."""
     output = tmp_path / "run"
     shutil.copytree(straight, output)
-    launch = command(inputs, output, *FLAGS, "--resume")
-    launch[launch.index("--num_gpus") + 1] = "1"
-    ended = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 2 and "written by 2 ranks, but 1 are running" in ended.stderr
-    assert os.path.isdir(output / "model")
+    shutil.rmtree(output / "model")
+    newest, before = (output / "checkpoints" / f"step_{step:08d}" for step in (20, 16))
+    shutil.rmtree(newest)
+    flags = [*FLAGS, "--resume"]
+    ((status, error),) = run(inputs, output, *flags, ranks=1)
+    assert status == 2 and "written by 2 ranks, but 1 are running" in error
+    script = error.split("bash ")[1].split()
+    converted = subprocess.run(
+        ["bash", *script], env=environment() | {"TPPO_VENV": "none"}, capture_output=True, text=True, timeout=300
+    )
+    assert converted.returncode == 0 and "actor_universal, critic_universal" in converted.stdout, converted.stderr
+    assert damage(before) == []  # the new files are in its manifest
+    ((status, error),) = run(inputs, output, *flags, ranks=1)
+    assert status == 0, error
+    ours, theirs = numbers(output), numbers(straight)
+    assert ours[:16] == theirs[:16] and [row["step"] for row in ours] == list(range(20))
+    for name in ("policy/learning_rate", "kl/coef"):
+        assert [row[name] for row in ours] == pytest.approx([row[name] for row in theirs])

@@ -12,6 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.data.prompt_settings import load_prompt_settings
+from common.data.records import Event
 from common.files import read_json
 from common.models.loading import save_model_folder
 from tests.step3.runs import STEPS, assert_equal_runs, command, environment, kill_after, numbers, run, run_successfully
@@ -40,6 +42,11 @@ def test_killed_and_resumed_equals_undisturbed(inputs: Path, tmp_path: Path) -> 
     model = AutoModelForCausalLM.from_pretrained(straight / "model")
     tokenizer = AutoTokenizer.from_pretrained(straight / "model")
     assert model.config.eos_token_id == tokenizer.eos_token_id == 0
+    prompts = load_prompt_settings(straight / "model").builder(ordinary_tokenizer())
+    history = [Event("search", query="red hat"), Event("click", title="Hats")]
+    request = [{"role": "user", "content": prompts.text(history)}]
+    assert prompts.text(history) == "red hat\n> Hats\nnext:\n"
+    assert tokenizer.apply_chat_template(request, return_dict=False) == prompts.ids(history)
     start = load_file(inputs / "actor" / "model.safetensors")
     tuned = load_file(straight / "model" / "model.safetensors")
     assert start.keys() == tuned.keys()

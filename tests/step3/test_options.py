@@ -10,6 +10,8 @@ from unittest import mock
 import pytest
 
 from common.engine.checkpoint import list_checkpoints
+from common.pages.samples import read_samples
+from common.pages.sections import QUESTIONS
 from step3_tppo.monitor import OverOptimisation
 from tests.distributed.ranks import run_on_ranks
 from tests.step3.runs import command, numbers, run_main, run_successfully
@@ -80,6 +82,10 @@ def test_reward_normalisation_and_its_resume(inputs: Path, tmp_path: Path, mode:
 
 def test_the_monitor_only_watches(inputs: Path, base: list[dict], tmp_path: Path) -> None:
     run_successfully(inputs, tmp_path / "run", *BASE, "--monitor", "lexical")
+    logged = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {tag for charts in QUESTIONS.values() for chart in charts for tag in chart.curves} <= logged.keys()
+    for sample in read_samples(tmp_path / "run" / "samples.jsonl"):
+        assert len(sample.verdict.queries) == len(sample.verdict.words) <= len(sample.lines)
     judge = ("judge/relevance_rate", "judge/mean_word_score", "judge/word_gap", "judge/word_calibration_error")
     for row, plain in zip(numbers(tmp_path / "run"), base, strict=True):
         assert {key: value for key, value in row.items() if key not in judge} == plain

@@ -49,6 +49,10 @@ def main() -> None:
     ):
         print(f"{score}  " + "  ".join(f"{word.text} {value}" for word, value in zip(line, scores, strict=True)))
     print(f"{config.model} at {config.base_url} answers as it should")
+    print(
+        "next: python -m step2_token_reward.label --samples ... --labels ... --annotator llm "
+        f"--base_url {config.base_url} --model {config.model}   (--dry_run tells the cost first)"
+    )
 
 
 if __name__ == "__main__":

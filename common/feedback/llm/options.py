@@ -37,7 +37,7 @@ class EndpointOptions:
     answers: str = option(
         "", "Append-only file of all answers, so that none is paid for twice (default: beside the output)."
     )
-    concurrency: int = option(32, "Requests under way at a time.")
+    concurrency: int = option(32, "Requests under way at a time.", group="requests, costs, failures")
     timeout: float = option(120.0, "Seconds after which a request counts as failed and is repeated.")
     max_retries: int = option(
         6, "Repeats of a request after 408, 409, 429, 5xx, a timeout, a lost connection or an unreadable answer."

@@ -1,0 +1,35 @@
+"""What step 1 will hold on each GPU, phase by phase, before anything is loaded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from common.planning.models import ModelSpec
+from common.planning.passes import evaluation_pass, training_pass
+from common.planning.plan import Machine, Plan
+from common.planning.trainer import plan_trainer
+from step1_sft.config import SftConfig
+from step1_sft.trainer import token_nll
+
+
+def plan_step1(config: SftConfig, machine: Machine) -> Plan:
+    """The plan of supervised fine-tuning. Raises `InputError` for a configuration that cannot be read."""
+    spec = ModelSpec.of(config.model_name_or_path, "causal_lm", config, config, zero3=config.zero_stage == 3)
+    length = config.max_prompt_tokens + config.max_response_tokens
+
+    def nll(model: nn.Module, rows: int) -> tuple[Tensor, Tensor]:
+        ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+        logits = model(input_ids=ids, attention_mask=ids).logits
+        return token_nll(logits, ids), logits
+
+    update = training_pass(
+        spec, lambda model: nll(model, config.per_device_train_batch_size)[0].sum(), padded=True
+    )
+
+    def evaluate(model: nn.Module) -> Tensor:
+        loss, logits = nll(model, config.per_device_eval_batch_size)
+        # The Trainer makes metrics of the logits once more, while it holds the loss.
+        return token_nll(logits, torch.zeros(logits.shape[:2], dtype=torch.long, device="meta")) + loss
+
+    return plan_trainer("step 1", config, machine, spec, update, evaluation_pass(spec, evaluate))
