@@ -127,7 +127,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     sample = HashSample(config.max_test_examples, config.seed)
     splits = {split: SplitReport() for split in SPLITS}
     with ExitStack() as stack:
-        streams = {split: stack.enter_context(atomic_write(folder / f"{split}.jsonl", private=True)) for split in SPLITS}
+        files = {split: atomic_write(folder / f"{split}.jsonl", private=True) for split in SPLITS}
+        streams = {split: stack.enter_context(file) for split, file in files.items()}
         for log in logs:
             for example in _examples(log, config, cleaner, builder):
                 if example.split == "test":

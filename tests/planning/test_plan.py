@@ -135,7 +135,7 @@ def test_what_is_not_needed_is_not_advised() -> None:
 
 def test_mistral_7b_fits_eight_gpus_of_80_gib_and_not_two(tmp_path: Path) -> None:
     path = config_file("mistral_7b", tmp_path)
-    flags = ["--config", str(ROOT / "step3_tppo/configs/llama_8gpu.yaml"), "--actor_path", path, "--reward_path", path]
+    flags = ["--config", str(ROOT / "step3_tppo/configs/8x80gb_full.yaml"), "--actor_path", path, "--reward_path", path]
     config = parse_config(Step3Config, [*flags, "--output_dir", "-", "--data_dir", "-"])
     plan = plan_step3(config, Machine(8, 80 * GIB))
     assert plan.verdict == "fits"
@@ -145,7 +145,7 @@ def test_mistral_7b_fits_eight_gpus_of_80_gib_and_not_two(tmp_path: Path) -> Non
 
 
 def test_adapters_of_llama_70b_fit_eight_gpus_that_its_states_would_not(tmp_path: Path) -> None:
-    flags = ["--config", str(ROOT / "step1_sft/configs/llama_lora_8gpu.yaml"), "--model_name_or_path"]
+    flags = ["--config", str(ROOT / "step1_sft/configs/8x80gb_lora.yaml"), "--model_name_or_path"]
     config = parse_config(SftConfig, [*flags, config_file("llama_3_70b", tmp_path)])
     plan = plan_step1(config, Machine(8, 80 * GIB))
     assert plan.verdict == "fits"
