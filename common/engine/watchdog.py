@@ -34,13 +34,13 @@ class Watchdog:
         self._interval = min(timeout / _LOOKS, _LONGEST_LOOK)
         self._phase = ("start", 0, time.time())
         self._ended = threading.Event()
-        self._news = threading.Event()
+        self._writing = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
         if self._timeout > 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self.phase("start", 0)
+            self._phase = ("start", 0, time.time())
             self._write()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
@@ -51,20 +51,19 @@ class Watchdog:
             name, step, _ = self._phase
             error.add_note(f"in {name} of step {step}")  # common.errors shows it
         self._ended.set()
-        self._news.set()
         if self._thread is not None:
             self._thread.join()
             self._write()
 
     def phase(self, name: str, step: int) -> None:
         """Say what this rank does from now on."""
+        is_new = self._phase[:2] != (name, step)
         self._phase = (name, step, time.time())
-        self._news.set()
+        if is_new and self._thread is not None:
+            self._write()  # at once: a rank that dies in it must be found in it
 
     def _watch(self) -> None:
-        while not self._ended.is_set():
-            self._news.wait(self._interval)
-            self._news.clear()
+        while not self._ended.wait(self._interval):
             self._write()
             if time.time() - self._phase[2] > self._timeout:
                 print(self._report(), file=sys.stderr, flush=True)
@@ -76,8 +75,9 @@ class Watchdog:
         path = self._folder / f"rank{rank()}.json"
         temporary = path.with_suffix(".tmp")
         beat = {"phase": name, "step": step, "since": since, "alive": time.time(), "ended": self._ended.is_set()}
-        temporary.write_text(json.dumps(beat))
-        temporary.replace(path)
+        with self._writing:
+            temporary.write_text(json.dumps(beat))
+            temporary.replace(path)
 
     def _report(self) -> str:
         now = time.time()

@@ -145,6 +145,7 @@ def test_aol4ps(tmp_path: Path, packed: bool) -> None:
     ("row", "reason"),
     [
         ("7\tq-9\t2006-03-05 10:00:00\t2\t3\td-10\td-10\t0", "QueryIndex 'q-9'"),
+        ("7\tq-8\t2006-03-05 10:00:00\t2\t3\td-10\td-10\t0", "QueryIndex 'q-8' has an empty query"),
         ("7\tq-0\t2006-03-05 10:00:00\t2\t3\td-99\td-99\t0", "DocIndex 'd-99'"),
         # A copy that counts from 1 must not pass for one that counts from 0.
         ('7\tq-0\t2006-03-05 10:00:00\t2\t3\td-10\t"d-10\td-11"\t1', "ClickPos 1 (counted from 0)"),
@@ -155,6 +156,8 @@ def test_aol4ps(tmp_path: Path, packed: bool) -> None:
 )
 def test_aol4ps_bad_line(tmp_path: Path, row: str, reason: str) -> None:
     shutil.copytree(FIXTURES / "aol4ps", tmp_path / "log")
+    with (tmp_path / "log" / "query.csv").open("a") as stream:
+        stream.write(" \tq-8\n")
     path = tmp_path / "log" / "data.csv"
     with path.open("a", encoding="utf-8", errors="surrogateescape") as stream:
         stream.write(row + "\n")

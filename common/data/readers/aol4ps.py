@@ -74,6 +74,8 @@ def _parse(row: dict[str, str], queries: dict[str, str], docs: dict[str, tuple[s
     query = queries.get(row["QueryIndex"])
     if query is None:
         raise ValueError(f"QueryIndex {row['QueryIndex']!r} is not in the query table")
+    if not query.strip():
+        raise ValueError(f"QueryIndex {row['QueryIndex']!r} has an empty query in the query table")
     if row["DocIndex"] not in docs:
         raise ValueError(f"DocIndex {row['DocIndex']!r} is not in the doc table")
     if not row["ClickPos"].isdigit():
