@@ -7,13 +7,13 @@ import math
 import os
 import unicodedata
 from collections.abc import Sequence
+from itertools import product
 from typing import TextIO
 
 from common.pages.colours import TEXT, Rgb, reward_colour
 from common.pages.samples import LEGEND
 
-# The levels of each channel in xterm's cube of colours.
-_CUBE = (0, 95, 135, 175, 215, 255)
+_CUBE: list[Rgb] = list(product((0, 95, 135, 175, 215, 255), repeat=3))
 # Joiners shape letters in Persian, Indic scripts and emoji; alone among format characters they steer nothing.
 _JOINERS = "\u200c\u200d"
 
@@ -54,16 +54,16 @@ def legend(depth: int) -> str:
 
 
 def xterm_colour(colour: Rgb) -> int:
-    """The nearest of xterm's colours 16 to 255: a cube of 6 x 6 x 6, and 24 greys."""
-    return min(range(16, 256), key=lambda number: math.dist(_xterm_rgb(number), colour))
+    """The nearest of xterm's colours 16 to 231, a cube of 6 x 6 x 6.
+
+    Differences between channels, the hue, count twice: a pale blue, the sign of a reward, must not become a grey.
+    """
+    return 16 + min(range(len(_CUBE)), key=lambda place: math.dist(_with_hue(_CUBE[place]), _with_hue(colour)))
 
 
-def _xterm_rgb(number: int) -> Rgb:
-    if number >= 232:
-        grey = 8 + 10 * (number - 232)
-        return grey, grey, grey
-    place = number - 16
-    return _CUBE[place // 36], _CUBE[place // 6 % 6], _CUBE[place % 6]
+def _with_hue(colour: Rgb) -> tuple[int, ...]:
+    red, green, blue = colour
+    return red, green, blue, 2 * (red - blue), 2 * (green - blue)
 
 
 def _on_colour(text: str, reward: float, depth: int) -> str:

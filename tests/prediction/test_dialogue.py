@@ -113,7 +113,7 @@ def test_at_a_real_terminal(model_folder: Path, reward_folder: Path) -> None:
             os.write(terminal, f"{'> ' if event.type == 'click' else ''}{event.text}\n".encode())
         os.write(terminal, b"\n")
         shown = read_until(terminal, "score, 0 to 1")
-        assert "\x1b[38;5;234;48;5;" in shown
+        assert "\x1b[38;5;16;48;5;" in shown
         plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
         assert all(f"  {number}. {query}  " in plain for number, query in enumerate(LEARNT[0], start=1)), shown
         read_until(terminal, "history> ")
