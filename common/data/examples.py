@@ -193,14 +193,18 @@ def load_examples(data_dir: str | Path, split: str) -> list[Example]:
 
 
 def read_examples(path: str | Path) -> list[Example]:
+    """The examples of one file; see `stream_examples`."""
+    return list(stream_examples(path))
+
+
+def stream_examples(path: str | Path) -> Iterator[Example]:
     """The examples of one file. Raises `InputError`, with file and line, for a row that is no example."""
-    examples = []
     for number, row in read_jsonl(path):
         try:
-            examples.append(Example.from_dict(row))
+            example = Example.from_dict(row)
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}:{number}: not an example ({error})") from None
-    return examples
+        yield example
 
 
 def _parse_split_time(text: str) -> float | None:

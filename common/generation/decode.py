@@ -63,6 +63,7 @@ class Decoder:
         rows: int,
         any_rank: AnyRank | None = None,
         graphs: bool = False,
+        uniforms: torch.Tensor | None = None,
     ) -> None:
         self._model = model
         self._prompts = prompts
@@ -70,6 +71,7 @@ class Decoder:
         self._eos = eos_token_id
         self._any_rank = any_rank
         self._graphs = graphs
+        self._uniforms = uniforms
         self._drawn = [Drawn() for _ in range(len(prompts) * sampling.samples)]
         self._waiting = deque(sorted(range(len(prompts)), key=lambda place: -len(prompts[place])))
         self._rows = min(max(rows, sampling.samples), len(self._drawn))
@@ -79,8 +81,11 @@ class Decoder:
         """`samples` responses for each prompt, prompt by prompt; `count_ended` is told how many have just ended."""
         if self._waiting:
             longest = len(self._prompts[self._waiting[0]])
-            uniforms = uniform_table(self._sampling, len(self._prompts)).to(self._model.device)
+            uniforms = self._uniforms
+            if uniforms is None:
+                uniforms = uniform_table(self._sampling, len(self._prompts))
             columns = longest + self._sampling.max_new_tokens - 1
+            uniforms = uniforms.to(self._model.device)
             step = DecodeStep(self._model, self._sampling, uniforms, self._rows, columns, self._graphs)
             enough = max(self._sampling.samples, self._rows // 4)  # free rows that make reading worth while
             while self._waiting or self._active:

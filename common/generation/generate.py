@@ -37,6 +37,7 @@ def generate_responses(
     progress: str = "",
     any_rank: AnyRank | None = None,
     graphs: bool = False,
+    uniforms: torch.Tensor | None = None,
 ) -> list[Generated]:
     """`sampling.samples` responses to each prompt (token ids, not padded), prompt by prompt in their order.
 
@@ -44,8 +45,9 @@ def generate_responses(
     is (to rounding: where two tokens are equally likely, the shape of a batch may decide), and no random state is
     touched. `progress` labels a progress bar; without it there is none. Where weights are sharded every rank must
     make as many passes as the busiest: `any_rank` then says, before each, whether one still works. `graphs` records
-    passes on CUDA (`DecodeStep`). Raises `InputError` for an empty prompt, settings out of range or a model that cannot
-    be decoded this way.
+    passes on CUDA (`DecodeStep`). `uniforms`, (prompts * samples, max_new_tokens), are the random numbers of prompts
+    that are a part of more; the default is `uniform_table`'s. Raises `InputError` for an empty prompt, settings out of
+    range or a model that cannot be decoded this way.
     """
     if rows < 1:
         raise InputError(f"generation needs at least 1 row, not {rows}")
@@ -53,7 +55,7 @@ def generate_responses(
         raise InputError("an empty prompt: give at least one token (a template must not render to nothing)")
     inner = without_wrapper(model)
     check_decodable(inner)
-    decoder = Decoder(inner, prompts, sampling, tokenizer.eos_token_id, rows, any_rank, graphs)
+    decoder = Decoder(inner, prompts, sampling, tokenizer.eos_token_id, rows, any_rank, graphs, uniforms)
     bar = tqdm(total=len(prompts) * sampling.samples, desc=progress, disable=not progress)
     with bar, _generating(inner):
         drawn = decoder.run(bar.update)

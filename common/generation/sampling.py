@@ -56,9 +56,14 @@ def draw_tokens(
     return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def uniform_table(sampling: Sampling, prompts: int) -> torch.Tensor:
-    """The random numbers of a whole call, (prompts * samples, max_new_tokens) in double precision, on the CPU."""
-    generator = torch.Generator().manual_seed(sampling.seed)
+def uniform_table(sampling: Sampling, prompts: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """The random numbers of a whole call, (prompts * samples, max_new_tokens) in double precision, on the CPU.
+
+    The tables that one `generator`, seeded with `sampling.seed`, gives one after another are the parts of a single
+    table: prompts that are answered in parts get the numbers that they would get in one call.
+    """
+    if generator is None:
+        generator = torch.Generator().manual_seed(sampling.seed)
     return torch.rand(prompts * sampling.samples, sampling.max_new_tokens, generator=generator, dtype=torch.float64)
 
 

@@ -22,9 +22,9 @@ class PredictConfig(ModelOptions):
     history: str = option(
         "", "Histories: a log in any format of docs/data_formats.md, or prepared examples. Empty: a dialogue."
     )
-    output: str = option("", "JSON lines to write, one a history, or one a sample.")
+    output: str = option("", "JSON lines to write, one a history, or one a sample; a run that was stopped goes on.")
     overwrite: bool = option(False, "Replace output.")
-    reward: str = option("", "Token reward model, step 2's model folder: scores each query and word.")
+    reward: str = option("", "Token reward model, step 2's model folder: scores each query, word and token.")
     log_format: str = option(AUTO, "Format of history; auto: by its name.", choices=[AUTO, *READERS])
     max_bad_lines: int = option(0, "Lines of history that may be skipped because they cannot be read.")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from common.data.cleaning import tidy_event
 from common.data.records import Event
 from common.prediction.predictor import Prediction
-from common.prediction.terminal import escape, legend, show_query
+from common.prediction.terminal import escape, legend, show_tokens
 
 # Those of the template `compact`.
 MARKS = {">": "click", "$": "purchase", "@": "visit"}
@@ -19,11 +19,11 @@ An empty line asks for the next queries. Ctrl-D or Ctrl-C ends."""
 Predict = Callable[[list[Event], int], list[Prediction]]
 
 
-def run_dialogue(predict: Predict, num_queries: int, *, ask: Callable[[str], str], colour: bool) -> None:
+def run_dialogue(predict: Predict, num_queries: int, *, ask: Callable[[str], str], depth: int) -> None:
     """Ask for histories and show what `predict(history, number of the turn)` gives, until there is no more input.
 
     `ask(prompt)` gives a line, as `input` does; its `EOFError` ends the history that was begun and then the dialogue,
-    `KeyboardInterrupt` ends it at once.
+    `KeyboardInterrupt` ends it at once. `depth` is the terminal's (`colour_depth`).
     """
     print(WELCOME, flush=True)
     turn, open_ = 0, True
@@ -31,7 +31,7 @@ def run_dialogue(predict: Predict, num_queries: int, *, ask: Callable[[str], str
         while open_:
             history, open_ = read_history(ask)
             if history:
-                show(predict(history, turn), num_queries, colour, with_legend=turn == 0)
+                show(predict(history, turn), num_queries, depth, with_legend=turn == 0)
                 turn += 1
     except KeyboardInterrupt:
         print()
@@ -63,20 +63,20 @@ def parse_event(line: str) -> Event | None:
     return event if event.text else None
 
 
-def show(predictions: list[Prediction], num_queries: int, colour: bool, *, with_legend: bool) -> None:
+def show(predictions: list[Prediction], num_queries: int, depth: int, *, with_legend: bool) -> None:
     """Print the queries of each prediction, with the scores that there are."""
     for number, prediction in enumerate(predictions, start=1):
         print(f"next queries (sample {number} of {len(predictions)}):" if len(predictions) > 1 else "next queries:")
         for place, query in enumerate(prediction.queries):
-            if prediction.query_scores is None or prediction.word_scores is None:
+            if prediction.query_scores is None or prediction.tokens is None:
                 print(f"  {place + 1}. {escape(query)}")
             else:
-                shown = show_query(query, prediction.word_scores[place], colour)
+                shown = show_tokens(prediction.tokens[place], depth)
                 print(f"  {place + 1}. {shown}  {prediction.query_scores[place]:.2f}")
         if len(prediction.queries) < num_queries:
             print(f"  (the model wrote {len(prediction.queries)} of {num_queries} queries)")
         if not prediction.finished:
             print("  (cut off at --max_response_tokens)")
     if with_legend and predictions[0].query_scores is not None:
-        print(f"  {legend(colour)}")
+        print(f"  {legend(depth)}")
     print(flush=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from common.data.cleaning import tidy_event
-from common.data.examples import read_examples
+from common.data.examples import stream_examples
 from common.data.readers import AUTO, read_log
 from common.data.readers.lines import read_byte_lines
 from common.data.records import Event, Record
 from common.errors import InputError
+from common.files import digest
 
 
 class History(NamedTuple):
@@ -22,8 +24,25 @@ class History(NamedTuple):
     events: tuple[Event, ...]
 
 
-def read_histories(path: str | Path, log_format: str = AUTO, max_bad_lines: int = 0) -> list[History]:
-    """The histories in `path`, in its order: of each example, or of each record of a log (all its events).
+class Survey(NamedTuple):
+    """How many histories a file holds, and a digest of what they say."""
+
+    count: int
+    digest: str
+
+
+def survey_histories(histories: Iterator[History]) -> Survey:
+    """Read all of `histories` once, keeping none, so that what cannot be read is told before any work."""
+    count, running = 0, digest()
+    for history in histories:
+        count += 1
+        row = [history.id, history.user_id, [event.to_dict() for event in history.events]]
+        running = digest(running, json.dumps(row, ensure_ascii=False))
+    return Survey(count, running)
+
+
+def read_histories(path: str | Path, log_format: str = AUTO, max_bad_lines: int = 0) -> Iterator[History]:
+    """Stream the histories in `path`, in its order: of each example, or of each record of a log (all its events).
 
     Texts are tidied as those of the training data were; no other rule of cleaning is applied. Raises `InputError` for
     a file that cannot be read (with the line) and for a history without an event.
@@ -31,12 +50,15 @@ def read_histories(path: str | Path, log_format: str = AUTO, max_bad_lines: int 
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file; check --history")
+    if not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: neither a file nor a folder, so it cannot be read twice; write it to a file first")
     if path.is_file() and log_format == AUTO and _holds_examples(path):
-        histories = [History(example.id, example.user_id, example.history) for example in read_examples(path)]
+        histories = (History(example.id, example.user_id, example.history) for example in stream_examples(path))
     else:
         records = read_log(path, log_format, max_bad_lines)
-        histories = [History(_record_id(record), record.user_id, record.events) for record in records]
-    return [_tidied(history, place, path) for place, history in enumerate(histories, start=1)]
+        histories = (History(_record_id(record), record.user_id, record.events) for record in records)
+    for place, history in enumerate(histories, start=1):
+        yield _tidied(history, place, path)
 
 
 def _holds_examples(path: Path) -> bool:

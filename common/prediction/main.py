@@ -3,63 +3,47 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from common.config import parse_config
-from common.data.prompt_settings import load_prompt_settings
+from common.data.prompt_settings import PromptSettings, load_prompt_settings
 from common.data.records import Event
-from common.files import write_jsonl
 from common.generation.sampling import Sampling
+from common.prediction.batch import open_partial, predict_file
 from common.prediction.config import PredictConfig, check_config, sampling_options
 from common.prediction.dialogue import run_dialogue
-from common.prediction.histories import History, read_histories
+from common.prediction.histories import read_histories, survey_histories
 from common.prediction.predictor import Prediction, Predictor, load_predictor
-from common.prediction.terminal import may_colour
+from common.prediction.terminal import colour_depth
 
 
 def main() -> None:
     """Read, load, predict, write."""
     config = parse_config(PredictConfig)
     check_config(config)
-    histories = read_histories(config.history, config.log_format, config.max_bad_lines) if config.history else []
     settings = load_prompt_settings(
         config.model, config.prompt_template, config.num_queries, config.max_prompt_tokens
     )
     sampling = sampling_options(config)
-    predictor = load_predictor(config.model, settings, sampling.max_new_tokens, config.reward, config)
     if config.history:
-        try:
-            predict_file(predictor, histories, sampling, config)
-        except KeyboardInterrupt:
-            print(f"stopped; {config.output} was not written", file=sys.stderr)
-            raise SystemExit(130) from None
+        answer_file(config, settings, sampling)
     else:
-        hold_dialogue(predictor, sampling, config)
+        hold_dialogue(_load(config, settings, sampling), sampling, config)
 
 
-def predict_file(
-    predictor: Predictor, histories: Sequence[History], sampling: Sampling, config: PredictConfig
-) -> None:
-    """Write the predictions for `histories` to `config.output`, which appears once it is whole."""
-    predictions = predictor.predict(
-        [history.events for history in histories], sampling, rows=config.batch_size,
-        reward_rows=config.reward_batch_size, progress=True,
-    )  # fmt: skip
-    count = write_jsonl(config.output, output_rows(histories, predictions, sampling.samples))
-    short = sum(len(prediction.queries) < predictor.prompts.num_queries for prediction in predictions)
-    print(f"predictions: {config.output} ({count} lines, {short} of them with fewer than k queries)")
-
-
-def output_rows(
-    histories: Sequence[History], predictions: Sequence[Prediction], samples: int
-) -> Iterator[dict[str, Any]]:
-    """The lines of the output: `samples` a history, numbered where there are several."""
-    for place, prediction in enumerate(predictions):
-        history, number = histories[place // samples], place % samples
-        numbered = {"sample": number} if samples > 1 else {}
-        yield {"id": history.id, "user_id": history.user_id, **numbered, **prediction.to_dict()}
+def answer_file(config: PredictConfig, settings: PromptSettings, sampling: Sampling) -> None:
+    """Predict for `config.history`, going on with what an earlier run left; everything is checked before any weight is
+    read."""
+    source = (config.history, config.log_format, config.max_bad_lines)
+    survey = survey_histories(read_histories(*source))
+    with open_partial(config, settings, sampling, survey) as partial:
+        predictor = _load(config, settings, sampling)
+        try:
+            predict_file(predictor, read_histories(*source), sampling, config, partial, survey.count)
+        except KeyboardInterrupt:
+            kept = f"the same command goes on after {partial.rows} responses" if partial.rows else "nothing is kept"
+            print(f"stopped; {config.output} was not written, {kept}", file=sys.stderr)
+            raise SystemExit(130) from None
 
 
 def hold_dialogue(predictor: Predictor, sampling: Sampling, config: PredictConfig) -> None:
@@ -67,11 +51,17 @@ def hold_dialogue(predictor: Predictor, sampling: Sampling, config: PredictConfi
 
     def predict(history: list[Event], turn: int) -> list[Prediction]:
         drawn = replace(sampling, seed=sampling.seed + turn)
-        return predictor.predict([history], drawn, rows=config.batch_size, reward_rows=config.reward_batch_size)
+        made = predictor.predict([history], drawn, rows=config.batch_size, reward_rows=config.reward_batch_size)
+        predictor.tell_unseen_words()
+        return made
 
     sys.stdin.reconfigure(errors="replace")  # a byte that is no text must not end the dialogue
     prompts_shown = sys.stdin.isatty()
     run_dialogue(
         predict, predictor.prompts.num_queries, ask=lambda prompt: input(prompt if prompts_shown else ""),
-        colour=may_colour(sys.stdout),
+        depth=colour_depth(sys.stdout),
     )  # fmt: skip
+
+
+def _load(config: PredictConfig, settings: PromptSettings, sampling: Sampling) -> Predictor:
+    return load_predictor(config.model, settings, sampling.max_new_tokens, config.reward, config)

@@ -1,18 +1,19 @@
-"""Text from logs and models on a terminal: what could steer it is escaped, and words are coloured by their score."""
+"""Text from logs and models on a terminal: what could steer it is escaped, and each token is on the colour of its
+reward, that of the HTML pages."""
 
 from __future__ import annotations
 
+import math
 import os
 import unicodedata
 from collections.abc import Sequence
+from itertools import product
 from typing import TextIO
 
-from common.models.reward_losses import MAX_SCORE
-from common.text import split_words
+from common.pages.colours import TEXT, Rgb, reward_colour
+from common.pages.samples import LEGEND
 
-_RESET = "\x1b[0m"
-# Red, yellow, green of the basic palette, which every theme keeps readable: a third of the scale each.
-_COLOURS = ("\x1b[31m", "\x1b[33m", "\x1b[32m")
+_CUBE: list[Rgb] = list(product((0, 95, 135, 175, 215, 255), repeat=3))
 # Joiners shape letters in Persian, Indic scripts and emoji; alone among format characters they steer nothing.
 _JOINERS = "\u200c\u200d"
 
@@ -22,34 +23,57 @@ def escape(text: str) -> str:
     return "".join(char if _is_harmless(char) else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
-def may_colour(stream: TextIO) -> bool:
-    """Whether `stream` is a terminal whose user has not asked for no colours (no-color.org)."""
-    return stream.isatty() and not os.environ.get("NO_COLOR")
+def colour_depth(stream: TextIO) -> int:
+    """Bits of a colour that `stream` shows: 24, 8 (the 256 colours of xterm), or 0 where it is no terminal, or its user
+    has asked for no colours (no-color.org)."""
+    if not stream.isatty() or os.environ.get("NO_COLOR"):
+        return 0
+    return 24 if os.environ.get("COLORTERM") in ("truecolor", "24bit") else 8
 
 
-def show_query(query: str, word_scores: Sequence[float], colour: bool) -> str:
-    """A query, escaped, each word coloured by its score in 0..2; without colours the score stands behind the word."""
-    shown, end = [], 0
-    for word, score in zip(split_words(query), word_scores, strict=True):
-        text = escape(word.text)
-        coloured = f"{colour_of(score)}{text}{_RESET}" if colour else f"{text}({score:.1f})"
-        shown += [escape(query[end : word.start]), coloured]
-        end = word.end
-    return "".join([*shown, escape(query[end:])])
+def show_tokens(tokens: Sequence[tuple[str, float]], depth: int) -> str:
+    """A query from its tokens (text, reward), escaped, each on the colour of its reward; at `depth` 0 (`colour_depth`)
+    the reward stands behind it."""
+    shown = []
+    for text, reward in tokens:
+        text = text.strip("\n")
+        body = text.lstrip(" ")
+        shown.append(" " * (len(text) - len(body)))
+        if body:
+            shown.append(_on_colour(escape(body), reward, depth) if depth else f"{escape(body)}({reward:+.2f})")
+    return "".join(shown).strip(" ")
 
 
-def legend(colour: bool) -> str:
-    """What the marks of `show_query` mean."""
-    if not colour:
-        return f"behind each word its score, 0 to {MAX_SCORE}; behind each query its score, 0 to 1"
-    names = zip(_COLOURS, ("irrelevant", "relevant", "very relevant"), strict=True)
-    words = ", ".join(f"{code}{name}{_RESET}" for code, name in names)
-    return f"words: {words}; behind each query its score, 0 to 1"
+def legend(depth: int) -> str:
+    """What the marks of `show_tokens` mean."""
+    scores = "behind each query its score, 0 to 1"
+    if not depth:
+        return f"behind each token its reward (a query is worth -1 to 1); {scores}"
+    scale = "".join(_on_colour(f" {reward:+.2f} ", reward, depth) for reward in LEGEND)
+    return f"each token on the colour of its reward: {scale}; {scores}"
 
 
-def colour_of(score: float) -> str:
-    """The escape sequence that begins the colour of a score in 0..2."""
-    return _COLOURS[min(int(score * len(_COLOURS) / MAX_SCORE), len(_COLOURS) - 1)]
+def xterm_colour(colour: Rgb) -> int:
+    """The nearest of xterm's colours 16 to 231, a cube of 6 x 6 x 6.
+
+    Differences between channels, the hue, count twice: a pale blue, the sign of a reward, must not become a grey.
+    """
+    return 16 + min(range(len(_CUBE)), key=lambda place: math.dist(_with_hue(_CUBE[place]), _with_hue(colour)))
+
+
+def _with_hue(colour: Rgb) -> tuple[int, ...]:
+    red, green, blue = colour
+    return red, green, blue, 2 * (red - blue), 2 * (green - blue)
+
+
+def _on_colour(text: str, reward: float, depth: int) -> str:
+    front, back = (_colour_code(colour, depth) for colour in (TEXT, reward_colour(reward)))
+    return f"\x1b[38;{front};48;{back}m{text}\x1b[0m"
+
+
+def _colour_code(colour: Rgb, depth: int) -> str:
+    """What follows 38 (text) or 48 (background) in an escape sequence (ISO 8613-6)."""
+    return "2;{};{};{}".format(*colour) if depth == 24 else f"5;{xterm_colour(colour)}"
 
 
 def _is_harmless(char: str) -> bool:

@@ -68,3 +68,6 @@ def test_random_numbers_belong_to_a_response_and_not_to_its_batch() -> None:
     few, many = (uniform_table(Sampling(4, samples=2, seed=7), prompts) for prompts in (3, 30))
     assert few.shape == (6, 4)
     assert torch.equal(many[:6], few)
+    generator = torch.Generator().manual_seed(7)
+    parts = [uniform_table(Sampling(4, samples=2, seed=7), prompts, generator) for prompts in (3, 1, 26)]
+    assert torch.equal(torch.cat(parts), many)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import signal
 import sys
@@ -14,11 +15,15 @@ from pathlib import Path
 import pytest
 
 from common.data.records import Event
+from common.pages.colours import reward_colour
 from common.prediction.dialogue import parse_event, run_dialogue
 from common.prediction.predictor import Prediction
 from tests.prediction.models import HISTORIES, LEARNT
 
-ANSWER = Prediction(["red hat", "b\x1b[2Jlue"], True, [0.25, 1.0], [[2.0, 0.0], [1.0]])
+ANSWER = Prediction(
+    ["red hat", "b\x1b[2Jlue"], True, [0.25, 1.0], [[2.0, 0.0], [1.0]],
+    [[("re", 0.25), ("d", 0.25), (" hat", -0.5)], [("b\x1b[2Jlue", 0.0), ("\n", 0.0)]],
+)  # fmt: skip
 
 
 def typed(lines: Iterable[str | BaseException]) -> Callable[[str], str]:
@@ -34,7 +39,7 @@ def typed(lines: Iterable[str | BaseException]) -> Callable[[str], str]:
     return ask
 
 
-def talk(lines: Iterable[str | BaseException], prediction: Prediction = ANSWER, colour: bool = False) -> list:
+def talk(lines: Iterable[str | BaseException], prediction: Prediction = ANSWER, depth: int = 0) -> list:
     """Hold the dialogue; returns what the model was asked."""
     asked = []
 
@@ -42,7 +47,7 @@ def talk(lines: Iterable[str | BaseException], prediction: Prediction = ANSWER, 
         asked.append((turn, history))
         return [prediction]
 
-    run_dialogue(predict, 2, ask=typed(lines), colour=colour)
+    run_dialogue(predict, 2, ask=typed(lines), depth=depth)
     return asked
 
 
@@ -70,15 +75,16 @@ def test_an_empty_line_asks_and_the_end_of_input_asks_once_more(capsys: pytest.C
     ]
     shown = capsys.readouterr().out
     assert "nothing to go on in this line" in shown
-    assert shown.count("  1. red(2.0) hat(0.0)  0.25\n  2. b\\x1b[2Jlue(1.0)  1.00\n") == 2
-    assert shown.count("behind each word its score") == 1 and shown.endswith("bye\n") and "\x1b" not in shown
+    assert shown.count("  1. re(+0.25)d(+0.25) hat(-0.50)  0.25\n  2. b\\x1b[2Jlue(+0.00)  1.00\n") == 2
+    assert shown.count("behind each token its reward") == 1 and shown.endswith("bye\n") and "\x1b" not in shown
 
 
-def test_words_have_the_colour_of_their_score(capsys: pytest.CaptureFixture[str]) -> None:
-    talk(["shoes"], colour=True)
+def test_tokens_have_the_colour_of_their_reward(capsys: pytest.CaptureFixture[str]) -> None:
+    talk(["shoes"], depth=24)
     shown = capsys.readouterr().out
-    assert "  1. \x1b[32mred\x1b[0m \x1b[31mhat\x1b[0m  0.25\n" in shown
-    assert "\x1b[33mrelevant\x1b[0m" in shown
+    on = {reward: "\x1b[38;2;26;26;26;48;2;{};{};{}m".format(*reward_colour(reward)) for reward in (0.25, -0.5)}
+    assert f"  1. {on[0.25]}re\x1b[0m{on[0.25]}d\x1b[0m {on[-0.5]}hat\x1b[0m  0.25\n" in shown
+    assert f"{on[-0.5]} -0.50 \x1b[0m" in shown
 
 
 @pytest.mark.parametrize("before", [[], ["red hat"]])
@@ -88,14 +94,15 @@ def test_ctrl_c_ends_at_once(capsys: pytest.CaptureFixture[str], before: list[st
 
 
 def test_without_scores_and_with_less_than_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    talk(["shoes"], Prediction(["red\u202ehat"], False), colour=True)
+    talk(["shoes"], Prediction(["red\u202ehat"], False), depth=24)
     shown = capsys.readouterr().out
     assert "  1. red\\u202ehat\n  (the model wrote 1 of 2 queries)\n  (cut off at --max_response_tokens)\n" in shown
     assert "score" not in shown and "\x1b" not in shown
 
 
 def test_at_a_real_terminal(model_folder: Path, reward_folder: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "NO_COLOR")}
+    left_out = ("PYTHONPATH", "NO_COLOR", "COLORTERM")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
     argv = [sys.executable, "scripts/predict.py", f"--model={model_folder}", f"--reward={reward_folder}"]
     process, terminal = pty.fork()
     if process == 0:
@@ -106,7 +113,9 @@ def test_at_a_real_terminal(model_folder: Path, reward_folder: Path) -> None:
             os.write(terminal, f"{'> ' if event.type == 'click' else ''}{event.text}\n".encode())
         os.write(terminal, b"\n")
         shown = read_until(terminal, "score, 0 to 1")
-        assert all(f"m{word}\x1b[0m" in shown for query in LEARNT[0] for word in query.split()), shown
+        assert "\x1b[38;5;16;48;5;" in shown
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+        assert all(f"  {number}. {query}  " in plain for number, query in enumerate(LEARNT[0], start=1)), shown
         read_until(terminal, "history> ")
         os.write(terminal, b"\x03")
         read_until(terminal, "bye")

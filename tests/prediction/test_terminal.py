@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.prediction.terminal import colour_of, escape, may_colour, show_query
+from common.pages.colours import reward_colour
+from common.pages.samples import LEGEND
+from common.prediction.terminal import colour_depth, escape, legend, show_tokens, xterm_colour
 
-RED, YELLOW, GREEN, RESET = "\x1b[31m", "\x1b[33m", "\x1b[32m", "\x1b[0m"
+RESET = "\x1b[0m"
 
 
 @given(st.text())
@@ -23,18 +26,44 @@ def test_what_is_escaped_and_what_is_not() -> None:
     assert escape(harmless) == harmless
 
 
+@given(st.floats(-2, 2))
+def test_a_token_stands_on_the_colour_that_the_pages_give_its_reward(reward: float) -> None:
+    red, green, blue = reward_colour(reward)
+    assert show_tokens([("hat", reward)], 24) == f"\x1b[38;2;26;26;26;48;2;{red};{green};{blue}mhat{RESET}"
+    assert show_tokens([("hat", reward)], 8) == f"\x1b[38;5;16;48;5;{xterm_colour((red, green, blue))}mhat{RESET}"
+
+
 @pytest.mark.parametrize(
-    ("score", "colour"), [(0.0, RED), (0.66, RED), (0.67, YELLOW), (1.33, YELLOW), (1.34, GREEN), (2.0, GREEN)]
-)
-def test_a_third_of_the_scale_has_one_colour(score: float, colour: str) -> None:
-    assert colour_of(score) == colour
+    ("colour", "number"),
+    [
+        ((0, 0, 0), 16), ((255, 255, 255), 231), ((95, 135, 175), 67), ((255, 0, 0), 196), ((26, 26, 26), 16),
+        ((247, 247, 247), 231),
+        ((239, 138, 98), 209), ((103, 169, 207), 74),  # the ends of the scale: (255, 135, 95) and (95, 175, 215)
+    ],
+)  # fmt: skip
+def test_the_nearest_of_256_colours(colour: tuple[int, int, int], number: int) -> None:
+    assert xterm_colour(colour) == number
 
 
-def test_words_are_coloured_and_what_is_between_them_is_not() -> None:
-    query = "red, (hat)\x1b[2J !"
-    assert show_query("red hat!", [2.0, 0.1], True) == f"{GREEN}red{RESET} {RED}hat{RESET}!"
-    assert show_query("red hat!", [2.0, 0.1], False) == "red(2.0) hat(0.1)!"
-    assert "\x1b[2J" not in show_query(query, [1.0, 1.0], True)
+@given(st.floats(0.05, 1))
+def test_the_sign_of_a_reward_shows_in_256_colours(reward: float) -> None:
+    good, bad = (xterm_colour(reward_colour(value)) - 16 for value in (reward, -reward))
+    assert good % 6 > good // 36 and bad % 6 < bad // 36  # more blue than red, and the reverse
+
+
+def test_tokens_stand_side_by_side_and_what_could_steer_is_escaped() -> None:
+    tokens = [(" re", 0.25), ("d", -0.5), (" hat\n", 0.0), ("\x1b[2J", 0.1), (" ", 0.0)]
+    shown = show_tokens(tokens, 24)
+    assert re.sub(r"\x1b\[[0-9;]*m", "", shown) == r"red hat\x1b[2J"
+    assert shown.count(RESET) == 4
+    assert show_tokens(tokens[:3], 0) == "re(+0.25)d(-0.50) hat(+0.00)"
+
+
+def test_the_legend_shows_the_scale_of_the_pages() -> None:
+    shown = legend(24)
+    assert shown.count(RESET) == len(LEGEND)
+    assert all(show_tokens([(f"{reward:+.2f} ", reward)], 24) in shown.replace("m ", "m") for reward in LEGEND)
+    assert "\x1b" not in legend(0) and "behind each token its reward" in legend(0)
 
 
 def test_colours_are_for_terminals_whose_user_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,6 +72,9 @@ def test_colours_are_for_terminals_whose_user_wants_them(monkeypatch: pytest.Mon
             return True
 
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert may_colour(Terminal()) and not may_colour(io.StringIO())
+    monkeypatch.delenv("COLORTERM", raising=False)
+    assert (colour_depth(Terminal()), colour_depth(io.StringIO())) == (8, 0)
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    assert (colour_depth(Terminal()), colour_depth(io.StringIO())) == (24, 0)
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not may_colour(Terminal())
+    assert colour_depth(Terminal()) == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError
-from jinja2.sandbox import SandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from common.data.privacy import MASK, mask_private
 from common.data.prompts import MAX_EVENT_CHARS
@@ -64,7 +64,7 @@ def load_template(name: str) -> Template:
         known = ", ".join(sorted(file.stem for file in TEMPLATE_DIR.glob("*.jinja")))
         raise InputError(f"template {name!r} is neither a file nor one of {known}")
     content = path.read_bytes()
-    environment = SandboxedEnvironment(
+    environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False
     )
     try:
