@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -18,6 +19,7 @@ from common.pages.sections import Chart
 
 # Okabe and Ito's palette, which is told apart with a colour vision deficiency; yellow is left out for white paper.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555")
+_SMALLEST_SPAN = 1e-6  # of the axis, by its largest value
 _STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "curves", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.grid": True, "grid.color": "#e8eaed",
@@ -65,6 +67,14 @@ def running_mean(values: Sequence[float], window: int = WINDOW) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
+def _widen_constant(axes: Axes) -> None:
+    """A curve that does not move is drawn flat: its running mean's rounding would fill the axis otherwise."""
+    low, high = axes.get_ylim()
+    largest = max(abs(low), abs(high))
+    if high - low < _SMALLEST_SPAN * largest:
+        axes.set_ylim(low - largest / 2, high + largest / 2)
+
+
 def _image(curves: Sequence[Curve]) -> str:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(3.7, 2.1), layout="constrained")
@@ -79,6 +89,7 @@ def _image(curves: Sequence[Curve]) -> str:
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
+        _widen_constant(axes)
         stream = io.BytesIO()
         FigureCanvasSVG(figure).print_svg(stream, metadata=_NO_METADATA)
     return f"data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}"
