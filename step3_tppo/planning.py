@@ -52,7 +52,8 @@ class Step3Plan:
         )
         zero3 = trained.shards_weights
         actor = ModelSpec.of(config.actor_path, "causal_lm", config, config, zero3=zero3)
-        critic = ModelSpec.of(config.critic_path or config.actor_path, "value_model", config, zero3=zero3)
+        critic_path = config.critic_path or config.actor_path
+        critic = ModelSpec.of(critic_path, "value_model", config, config.of_critic(), zero3=zero3)
         self._actor = _Model(actor, weights_of(actor, trained=True), trained)
         self._critic = _Model(critic, weights_of(critic, trained=True), trained)
         self._reference = None if config.lora_r else _Model(actor, weights_of(actor, trained=False), frozen)
@@ -86,9 +87,11 @@ class Step3Plan:
         if self._sharded:
             slow = ", each layer at every token, which the seconds leave out" if self._weights_mode == "sharded" else ""
             notes.append(f"weights in the rollout: {self._weights_mode}{slow} (--hybrid_weights)")
-        if self._config.lora_r:
+        if self._config.lora_r and not self._config.critic_lora_r:
             size = self._critic.sharding.optimizer(self._critic.weights)
-            notes.append(f"the critic is trained whole; its states take {shown(size)}: --critic_path may be smaller")
+            notes.append(
+                f"the critic is trained whole; its states take {shown(size)}: --critic_lora_r 16 trains adapters on it"
+            )
         return notes
 
     @property
@@ -225,9 +228,16 @@ def step3_changes(config: Step3Config, machine: Machine) -> Iterable[Change]:
     responses = config.rollout_batch_size * config.samples_per_prompt // machine.ranks
     rows = halvings(config.decode_rows or responses, config.samples_per_prompt)
     yield Change("decode_rows", rows, "fewer responses drawn at once, more passes")
+    adapt_critic = Change(
+        "critic_lora_r", [16], "of the critic adapters and head alone are trained; raise its learning rate tenfold"
+    )
+    if config.lora_r and not config.critic_lora_r:
+        yield adapt_critic
     if config.hybrid_weights != "sharded":
         yield Change("hybrid_weights", ["sharded"], "rollouts gather weights layer by layer at every token: slow")
     yield from slow_changes(config, machine)
+    if not config.lora_r and not config.critic_lora_r:
+        yield adapt_critic
     yield from last_changes(config, machine)
 
 
