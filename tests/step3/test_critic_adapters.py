@@ -151,8 +151,8 @@ def test_the_critics_adapters_are_of_the_actors_kind_but_for_the_rank() -> None:
     assert found == (8, 32, True, "q_proj")
 
 
-FLAGS = ("--critic_lora_r", "4", "--lora_r", "4", "--critic_warmup_steps", "1", "--lr_schedule", "constant",
-         "--gradient_checkpointing")  # fmt: skip
+FLAGS = ("--critic_lora_r", "4", "--lora_r", "4", "--lr_schedule", "constant", "--total_steps", "2",
+         "--save_steps", "1", "--gradient_checkpointing")  # fmt: skip
 
 
 class TrainedRun(NamedTuple):
@@ -232,7 +232,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_and_keeps_no_frozen_weights(
     inputs: Path, tmp_path: Path, trained: TrainedRun
 ) -> None:
     output = tmp_path / "run"
-    run_successfully(inputs, output, *FLAGS, "--total_steps", "2")
+    run_successfully(inputs, output, *FLAGS, "--total_steps", "1")
     run_successfully(inputs, output, *FLAGS, "--resume")
     assert_equal_runs(output, trained.output)
     files = list((output / "checkpoints").glob("*/critic/*model_states.pt"))
