@@ -205,7 +205,8 @@ def apply_lora(
         target_modules=names if names == "all-linear" else [name.strip() for name in names.split(",")],
     )
     try:
-        return get_peft_model(model, config)
+        # Adapters in the model's precision, as all that ZeRO-3 trains of a model must be; ZeRO keeps masters in fp32.
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise InputError(f"--lora_target_modules {names}: {_first_line(error)}") from error
 

@@ -240,3 +240,15 @@ def test_a_resumed_run_equals_an_undisturbed_one_and_keeps_no_frozen_weights(
     for file in files:
         saved = torch.load(file, weights_only=False)["module"]
         assert saved and all("lora_" in name or name.startswith("value_head.") for name in saved)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_in_bf16_zero_3_trains_adapters_and_head_together(inputs: Path, tmp_path: Path) -> None:
+    """ZeRO-3 keeps all that it trains of a model in one buffer, and so in one precision; peft would take fp32."""
+    output = tmp_path / "run"
+    run_successfully(inputs, output, *FLAGS, "--total_steps", "1", "--dtype", "bf16", "--critic_warmup_steps", "0")
+    (row,) = numbers(output)
+    assert row["value/grad_norm"] > 0 and row["policy/grad_norm"] > 0
+    for name in ("critic/model.safetensors", f"critic/{VALUE_HEAD_NAME}", "model/adapter/adapter_model.safetensors"):
+        assert {tensor.dtype for tensor in load_file(output / name).values()} == {torch.bfloat16}
