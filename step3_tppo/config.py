@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from common.config import LoraOptions, ModelOptions, OptimizerOptions, RunOptions, ZeroOptions, option
 from common.engine.adapters import check_adapters
@@ -19,6 +20,10 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
     )
     reward_path: str = option("", "Token reward model, step 2's model.")
     critic_path: str = option("", "Model whose trunk the critic starts from; empty: the actor's.")
+    critic_lora_r: int = option(
+        0, "Rank of adapters on the critic's trunk, made as --lora_* say; its head is trained whole. 0 trains all "
+        "weights, at 16 bytes each."
+    )
     data_dir: str = option("", "Folder with train.jsonl, made by common.data.prepare.")
     pad_token: str = option(
         "", "Token to pad with when the tokenizer has none: 'eos' or a token.", group="prompts and responses",
@@ -151,6 +156,14 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
     )
     sample_steps: int = option(20, "Show sampled responses with each token's reward every so many steps.")
 
+    def of_critic(self) -> Self:
+        """The settings that the critic's adapters are made of: `critic_lora_r` is their rank, and nothing is quantised.
+
+        `lora_alpha` is not scaled with the rank: with Adam the first updates' effect grows with alpha alone, because r
+        terms of the same size are summed and divided by r.
+        """
+        return replace(self, lora_r=self.critic_lora_r, quantize="none")
+
     def validate(self, world_size: int) -> None:
         """Refuse settings that cannot work together; raises `InputError` that says what to change."""
         for name in ("output_dir", "actor_path", "reward_path", "data_dir"):
@@ -167,7 +180,7 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
         not_negative = (
             "kl_coef", "clip_range_high", "entropy_coef", "kl_target", "sentence_coef", "decode_rows",
             "micro_batch_tokens", "scoring_batch_tokens", "hang_timeout",
-            "max_kl",
+            "max_kl", "critic_lora_r",
         )
         for name in not_negative:
             if getattr(self, name) < 0:
@@ -184,7 +197,8 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
             raise InputError("--kl_in loss needs --kl_estimator k2 or k3: k1 as a loss has no gradient in expectation")
         if self.offload_states and self.offload != "none":
             raise InputError("--offload_states has nothing to move: with --offload states rest in host memory anyway")
-        check_adapters(self)
+        # What kind of adapters is said for the critic's too, which may be the only ones.
+        check_adapters(replace(self, lora_rslora=False, lora_dora=False) if self.critic_lora_r else self)
         if self.lora_dropout > 0:
             raise InputError("--lora_dropout must be 0 in step 3: log-probs of two passes are compared")
         if 0 < self.dual_clip <= 1:

@@ -66,7 +66,8 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
     actor = _load(training, lambda: apply_lora(load_policy(quantize=config.quantize), config))
     check_vocabulary(actor, tokenizer)
     packed = config.packed == "true" or (config.packed == "auto" and config.attn_implementation == "flash_attention_2")
-    critic = _load(training, lambda: load_value_model(config.critic_path or config.actor_path, config, packed))
+    critic_path = config.critic_path or config.actor_path
+    critic = _load(training, lambda: load_value_model(critic_path, config, packed, lora=config.of_critic()))
     check_vocabulary(critic.trunk, tokenizer)
     check_lengths(critic.trunk.config, config.max_prompt_tokens + config.max_response_tokens)
     if config.gradient_checkpointing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,9 +13,10 @@ from common.engine.deepspeed_config import inference_config, training_config
 from common.engine.memory import WeightMode, cache_bytes, free_bytes, mode_that_fits
 from common.errors import InputError, one_line
 from common.files import read_json
+from common.models.loading import has_attention
 from common.models.reward_encoder import RewardInputOptions
 from common.models.sequences import without_wrapper
-from common.models.token_reward import SETTINGS_NAME
+from common.models.token_reward import SETTINGS_NAME, token_classifier_skeleton
 from common.planning.advice import Change, advice_line, advise, common_changes, halvings, last_changes, slow_changes
 from common.planning.models import ModelSpec, Weights, meta_model, weights_of
 from common.planning.passes import Pass, Rows, classifier_pass, decoding, scoring_pass, update_pass
@@ -52,7 +53,8 @@ class Step3Plan:
         )
         zero3 = trained.shards_weights
         actor = ModelSpec.of(config.actor_path, "causal_lm", config, config, zero3=zero3)
-        critic = ModelSpec.of(config.critic_path or config.actor_path, "value_model", config, zero3=zero3)
+        critic_path = config.critic_path or config.actor_path
+        critic = ModelSpec.of(critic_path, "value_model", config, config.of_critic(), zero3=zero3)
         self._actor = _Model(actor, weights_of(actor, trained=True), trained)
         self._critic = _Model(critic, weights_of(critic, trained=True), trained)
         self._reference = None if config.lora_r else _Model(actor, weights_of(actor, trained=False), frozen)
@@ -86,9 +88,12 @@ class Step3Plan:
         if self._sharded:
             slow = ", each layer at every token, which the seconds leave out" if self._weights_mode == "sharded" else ""
             notes.append(f"weights in the rollout: {self._weights_mode}{slow} (--hybrid_weights)")
-        if self._config.lora_r:
-            size = self._critic.sharding.optimizer(self._critic.weights)
-            notes.append(f"the critic is trained whole; its states take {shown(size)}: --critic_path may be smaller")
+        if self._config.lora_r and not self._config.critic_lora_r:
+            sharding, weights = self._critic.sharding, self._critic.weights
+            size = sharding.optimizer(weights) + sharding.host(weights)
+            notes.append(
+                f"the critic is trained whole; its states take {shown(size)}: --critic_lora_r 16 trains adapters alone"
+            )
         return notes
 
     @property
@@ -225,9 +230,16 @@ def step3_changes(config: Step3Config, machine: Machine) -> Iterable[Change]:
     responses = config.rollout_batch_size * config.samples_per_prompt // machine.ranks
     rows = halvings(config.decode_rows or responses, config.samples_per_prompt)
     yield Change("decode_rows", rows, "fewer responses drawn at once, more passes")
+    adapt_critic = Change(
+        "critic_lora_r", [16], "of the critic adapters and head alone are trained; raise its learning rate tenfold"
+    )
+    if config.lora_r and not config.critic_lora_r:
+        yield adapt_critic
     if config.hybrid_weights != "sharded":
         yield Change("hybrid_weights", ["sharded"], "rollouts gather weights layer by layer at every token: slow")
     yield from slow_changes(config, machine)
+    if not config.lora_r and not config.critic_lora_r:
+        yield adapt_critic
     yield from last_changes(config, machine)
 
 
@@ -263,6 +275,8 @@ def reward_spec(config: Step3Config, zero3: bool) -> ModelSpec:
     """The reward model that step 2 wrote; without one that it could be: the actor's trunk reading both ways."""
     settings = _reward_settings(config)
     path = config.reward_path or config.actor_path
+    if not has_attention(token_classifier_skeleton(path, config), config.attn_implementation):
+        config = replace(config, attn_implementation="eager")  # as it is loaded then
     return ModelSpec.of(
         path, "token_classifier", config, heads=settings.get("heads", "token"), bidirectional=not settings, zero3=zero3
     )

@@ -184,16 +184,19 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-def apply_lora(model: PreTrainedModel, options: LoraOptions) -> PreTrainedModel | PeftModel:
+def apply_lora(
+    model: PreTrainedModel, options: LoraOptions, task_type: str | None = "CAUSAL_LM"
+) -> PreTrainedModel | PeftModel:
     """`model` with trainable adapters and everything else frozen; `model` itself when `lora_r` is 0.
 
-    Raises `InputError` when no module has the names asked for.
+    `task_type` is peft's; None for a trunk, which has no head and cannot generate. Raises `InputError` when no
+    module has the names asked for.
     """
     if options.lora_r == 0:
         return model
     names = options.lora_target_modules
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type,
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
@@ -202,7 +205,8 @@ def apply_lora(model: PreTrainedModel, options: LoraOptions) -> PreTrainedModel 
         target_modules=names if names == "all-linear" else [name.strip() for name in names.split(",")],
     )
     try:
-        return get_peft_model(model, config)
+        # Adapters in the model's precision, as all that ZeRO-3 trains of a model must be; ZeRO keeps masters in fp32.
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise InputError(f"--lora_target_modules {names}: {_first_line(error)}") from error
 
@@ -239,7 +243,7 @@ def save_model_folder(
         state_dict = state_dict or model.state_dict()
         model.save_pretrained(str(adapter), state_dict=dict(state_dict))
         _save_companions(adapter, tokenizer, generation_config, prompts)
-        model, state_dict = _merged(model, state_dict), None
+        model, state_dict = merged_copy(model, state_dict), None
     if state_dict is not None:
         # Gathered copies no longer look tied, and would be written twice.
         state_dict = {name: value for name, value in state_dict.items() if name not in model.all_tied_weights_keys}
@@ -262,7 +266,7 @@ def _save_companions(
         save_prompt_settings(prompts, folder)
 
 
-def _merged(model: PeftModel, state_dict: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+def merged_copy(model: PeftModel, state_dict: Mapping[str, torch.Tensor]) -> PreTrainedModel:
     """A copy of the base model with the adapters added to its weights; built from `state_dict`, which is left alone.
 
     The copy starts without storage (device "meta") and takes its weights from `state_dict`: the model at hand may be

@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from common.config import ModelOptions
+from common.config import LoraOptions, ModelOptions
 from common.models.kernels import apply_liger
-from common.models.loading import check_machine, without_dropout
+from common.models.loading import apply_lora, check_machine, merged_copy, without_dropout
 from common.models.sequences import SequenceBatch, hidden_of_predictions, unflattened
 
 VALUE_HEAD_NAME = "value_head.safetensors"
@@ -23,7 +24,7 @@ class ValueModel(nn.Module):
 
     def __init__(self, trunk: PreTrainedModel, packed: bool = False) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk: PreTrainedModel | PeftModel = trunk
         self._packed = packed
         config = trunk.config.get_text_config()
         # OPT-350m's hidden states leave the trunk at the width of its embeddings.
@@ -38,13 +39,22 @@ class ValueModel(nn.Module):
         hidden = hidden_of_predictions(self.trunk, batch, self._packed)
         return unflattened(self.value_head(hidden).squeeze(-1).float(), batch)
 
+    def apply_lora(self, options: LoraOptions) -> None:
+        """Freeze the trunk and train adapters on its linear layers beside the head, which keeps all its weights.
+
+        Nothing happens when `lora_r` is 0. Raises `InputError` when no module has the names asked for.
+        """
+        self.trunk = apply_lora(self.trunk, options, task_type=None)
+
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the trunk's activations in the backward pass."""
         self.trunk.gradient_checkpointing_enable()
 
 
-def load_value_model(path: str | Path, options: ModelOptions, packed: bool = False) -> ValueModel:
-    """A critic on the trunk of the model at `path`, with a fresh value head.
+def load_value_model(
+    path: str | Path, options: ModelOptions, packed: bool = False, lora: LoraOptions | None = None
+) -> ValueModel:
+    """A critic on the trunk of the model at `path`, with a fresh value head, and with `lora` adapters on the trunk.
 
     The folder is a causal language model's, or a reward model's made of one: if that reads both ways, the critic does
     not, because a value may not know the tokens to come.
@@ -65,12 +75,21 @@ def load_value_model(path: str | Path, options: ModelOptions, packed: bool = Fal
         apply_liger(trunk)
     model = ValueModel(trunk, packed)
     model.value_head.to(dtype)
+    if lora is not None:
+        # After the head has been drawn, so that values begin as those of the same run without adapters.
+        model.apply_lora(lora)
     return model
 
 
 def save_value_model(model: ValueModel, state: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Write the trunk as a Hugging Face folder and the head beside it; `state` holds the whole weights."""
+    """Write the trunk as a Hugging Face folder and the head beside it; `state` holds the whole weights.
+
+    A trunk with adapters is written merged, so that the folder loads like any other; `model` is left as it was.
+    """
     trunk = {key.removeprefix("trunk."): value for key, value in state.items() if key.startswith("trunk.")}
     head = {key.removeprefix("value_head."): value for key, value in state.items() if key.startswith("value_head.")}
-    model.trunk.save_pretrained(path, state_dict=trunk)
+    if isinstance(model.trunk, PeftModel):
+        merged_copy(model.trunk, trunk).save_pretrained(path)
+    else:
+        model.trunk.save_pretrained(path, state_dict=trunk)
     save_file(head, Path(path) / VALUE_HEAD_NAME)

@@ -93,7 +93,8 @@ def meta_model(spec: ModelSpec) -> nn.Module:
         )
         model.tie_weights()
         if spec.lora_r:
-            model = apply_lora(model, LoraOptions(lora_r=spec.lora_r, lora_target_modules=spec.lora_target_modules))
+            lora = LoraOptions(lora_r=spec.lora_r, lora_target_modules=spec.lora_target_modules)
+            model = apply_lora(model, lora, task_type="CAUSAL_LM" if spec.kind == "causal_lm" else None)
         if spec.gradient_checkpointing:
             without_wrapper(model).activation_checkpointing_enable()
         if spec.kind == "value_model":

@@ -14,13 +14,18 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
         vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36, num_attention_heads=32,
         num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
     ),
+    "llama_3_3b": LlamaConfig(
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, head_dim=128,
+        tie_word_embeddings=True, **LLAMA_3,
+    ),
     "llama_3_70b": LlamaConfig(
         hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80, num_attention_heads=64, **LLAMA_3
     ),
 }
 # As their cards say.
 PARAMETERS = {
-    "mistral_7b": 7_241_732_096, "llama_3_8b": 8_030_261_248, "qwen3_8b": 8_190_735_360, "llama_3_70b": 70_553_706_496,
+    "mistral_7b": 7_241_732_096, "llama_3_3b": 3_212_749_824, "llama_3_8b": 8_030_261_248,
+    "qwen3_8b": 8_190_735_360, "llama_3_70b": 70_553_706_496,
 }
 
 

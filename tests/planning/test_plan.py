@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from transformers import LongformerConfig
 
 from common.config import parse_config
 from common.engine.memory import GIB, mode_that_fits
@@ -64,6 +65,44 @@ def test_a_table_has_a_row_a_phase_whose_parts_add_up(tiny: str) -> None:
     ]  # fmt: skip
     assert all(phase.total == sum(phase.parts.values()) for phase in plan.phases)
     assert plan.updates == 200 and plan.seconds == pytest.approx(sum(phase.seconds for phase in plan.phases))
+
+
+def test_adapters_on_the_critic_are_advised_where_its_states_are_what_does_not_fit(tmp_path: Path) -> None:
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
+    tiny_llama(**LONG | wide).config.save_pretrained(tmp_path)
+    config = dataclasses.replace(
+        _step3(str(tmp_path), lora_r=4, scoring_batch_size=1, micro_batch_size=1, gradient_checkpointing=True),
+        max_prompt_tokens=24, max_response_tokens=8, decode_rows=4,
+    )  # fmt: skip
+    adapted = plan_step3(dataclasses.replace(config, critic_lora_r=16), Machine(1, GIB, cuda=False))
+    machine = Machine(1, int(1.15 * adapted.peak), cuda=False)
+    plan = plan_step3(config, machine)
+    assert plan.verdict == "does not fit" and "--critic_lora_r 16 trains adapters alone" in plan.notes[-1]
+    (step,) = advise(config, machine, plan_step3, step3_changes(config, machine))
+    assert step.flag == "--critic_lora_r 16" and step.plan.verdict == "fits"
+    assert not any("critic" in note for note in step.plan.notes)
+    # Master weight and two moments of each weight of the trunk go; those of its adapters, of rank 16, come.
+    trunk = 4 * (512 * 512 * 2 + 512 * 256 * 2 + 3 * 512 * 2048 + 2 * 512) + 300 * 512 + 512
+    adapters = 4 * 16 * ((512 + 512) * 2 + (512 + 256) * 2 + (512 + 2048) * 3)
+    whole, thin = (next(p for p in each.phases if p.name == "export").parts["optimiser"] for each in (plan, step.plan))
+    assert whole - thin == 12 * (trunk - adapters)
+
+
+def test_the_preset_of_24_gb_fits_a_model_of_3b_and_the_hosts_memory(tmp_path: Path) -> None:
+    preset = str(ROOT / "step3_tppo/configs/1x24gb_lora.yaml")
+    actor = config_file("llama_3_3b", tmp_path)
+    plan = plan_step3(parse_config(Step3Config, _preset_flags(preset, actor, tmp_path)), Machine(1, 24 * GIB))
+    assert plan.verdict == "fits" and plan.peak == pytest.approx(22.01 * GIB, rel=0.002)  # as docs/models.md says
+    assert plan.host < 32 * GIB
+
+
+def _preset_flags(preset: str, actor: str, folder: Path) -> list[str]:
+    longformer = LongformerConfig(vocab_size=50_265, max_position_embeddings=4098, type_vocab_size=1)
+    longformer.save_pretrained(folder / "reward")
+    return [
+        "--config", preset, "--actor_path", actor, "--reward_path", str(folder / "reward"), "--data_dir", "-",
+        "--output_dir", "-",
+    ]  # fmt: skip
 
 
 def test_time_is_flops_over_what_is_achieved_and_decoding_waits_for_memory(tiny: str) -> None:
