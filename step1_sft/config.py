@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.config import LoraOptions, option
-from common.engine.adapters import check_adapters
+from common.engine.adapters import check_adapters, check_dora
 from common.engine.trainer_options import TrainerOptions, check_trainer_options
 from common.errors import InputError
 
@@ -42,3 +42,4 @@ def check_config(config: SftConfig) -> None:
         raise InputError(f"--prompt_loss_weight must not be negative, but is {config.prompt_loss_weight}")
     check_trainer_options(config)
     check_adapters(config)
+    check_dora(config)

@@ -6,9 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from common.config import LoraOptions, ModelOptions, OptimizerOptions, RunOptions, ZeroOptions, option
-from common.engine.adapters import check_adapters
+from common.engine.adapters import check_adapters, check_dora
 from common.errors import InputError
 from common.feedback.load import ANNOTATORS, OWN, check_annotator_name
+
+DORA_NEEDS_WHOLE_WEIGHTS = (
+    "--lora_dora needs whole weights in a rollout (--hybrid_weights gathered): peft reads its matrices for the norms, "
+    "sharded as they are. Make room (--offload_states, more GPUs), use --zero_stage 2, or leave --lora_dora out"
+)
 
 
 @dataclass
@@ -199,6 +204,9 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
             raise InputError("--offload_states has nothing to move: with --offload states rest in host memory anyway")
         # What kind of adapters is said for the critic's too, which may be the only ones.
         check_adapters(replace(self, lora_rslora=False, lora_dora=False) if self.critic_lora_r else self)
+        check_dora(self)
+        if self.lora_dora and self.hybrid_weights == "sharded":
+            raise InputError(DORA_NEEDS_WHOLE_WEIGHTS)
         if self.lora_dropout > 0:
             raise InputError("--lora_dropout must be 0 in step 3: log-probs of two passes are compared")
         if 0 < self.dual_clip <= 1:

@@ -18,6 +18,7 @@ from common.engine import distributed
 from common.engine.deepspeed_config import inference_config, training_config
 from common.engine.hybrid import HybridEngine
 from common.engine.memory import cache_bytes, free_bytes, gathered_bytes, weights_that_fit
+from common.errors import InputError
 from common.generation.decode import check_decodable
 from common.models.loading import (
     apply_lora,
@@ -32,7 +33,7 @@ from common.models.sequences import ScoringWay, without_wrapper
 from common.models.token_reward import TokenRewardModel, load_token_reward_scorer, token_classifier_skeleton
 from common.models.token_scores import VOCABULARY_PIECE, gives_logits_of_its_head
 from common.models.value_model import load_value_model
-from step3_tppo.config import Step3Config
+from step3_tppo.config import DORA_NEEDS_WHOLE_WEIGHTS, Step3Config
 
 
 class Models(NamedTuple):
@@ -152,6 +153,8 @@ def _choose_weights(models: Models, config: Step3Config) -> None:
         )  # fmt: skip
         mode, reason = weights_that_fit(needed, cache, free_bytes(model.device))
         distributed.on_main_first(lambda: print(reason, flush=True))
+        if mode == "sharded" and config.lora_dora:
+            raise InputError(DORA_NEEDS_WHOLE_WEIGHTS)
     for hybrid in hybrids:
         hybrid.weights = "gathered" if mode == "auto" else mode
         hybrid.graphs = config.cuda_graphs

@@ -17,12 +17,26 @@ from common.models.quantization import is_packed
 
 
 class AdapterOptions(EngineOptions, Protocol):
-    """The flags read here: `LoraOptions`, and what DeepSpeed's settings are made of."""
+    """The flags read here: `LoraOptions`, one of `ModelOptions`, and what DeepSpeed's settings are made of."""
 
+    gradient_checkpointing: bool
     lora_r: int
     lora_rslora: bool
     lora_dora: bool
     quantize: str
+
+
+def check_dora(options: AdapterOptions) -> None:
+    """Raise `InputError` where DoRA would meet weights that ZeRO-3 has not gathered.
+
+    peft reads its matrices for the norms without calling their modules, which is what DeepSpeed gathers them by; in a
+    recomputed forward pass they may be gone.
+    """
+    if options.lora_dora and options.gradient_checkpointing and zero_stage(options) == 3:
+        raise InputError(
+            "--lora_dora with --gradient_checkpointing cannot run under ZeRO-3: peft reads weights that are sharded "
+            "again. Use --zero_stage 2, or leave one of the two out"
+        )
 
 
 def check_adapters(options: AdapterOptions) -> None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from common.engine.adapters import check_adapters
+from common.engine.adapters import check_adapters, check_dora
 from common.errors import InputError
 from step1_sft.config import SftConfig
 
@@ -33,6 +33,15 @@ def test_every_variant_and_both_together_are_accepted() -> None:
 def test_settings_that_cannot_work_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_adapters(SftConfig(**settings))
+
+
+def test_dora_is_refused_where_it_would_meet_sharded_weights() -> None:
+    dora = {"lora_r": 4, "lora_dora": True}
+    check_dora(SftConfig(**dora))
+    check_dora(SftConfig(**dora, gradient_checkpointing=True, zero_stage=2))
+    check_dora(SftConfig(lora_r=4, gradient_checkpointing=True))
+    with pytest.raises(InputError, match="--lora_dora with --gradient_checkpointing cannot run under ZeRO-3"):
+        check_dora(SftConfig(**dora, gradient_checkpointing=True))
 
 
 def test_the_stage_of_the_users_own_deepspeed_file_counts(tmp_path) -> None:
