@@ -100,7 +100,7 @@ def kill_step3(config: FaultsConfig, chance: random.Random, folder: Path) -> dic
                 bar.update()
             runs += 1
             equal += status == 0 and _equal(output, straight)
-            corrupted += len(list((output / "checkpoints").glob(f"{DAMAGED}*"))) + _broken_lines(output)
+            corrupted += len(list((output / "checkpoints").glob(f"{DAMAGED}*"))) + _broken_lines(output, straight)
     return {
         "kills": kills,
         "runs": runs,
@@ -205,17 +205,17 @@ def _equal(output: Path, straight: Path) -> bool:
     return True
 
 
-def _broken_lines(output: Path) -> int:
-    """Lines of the run's JSONL files that are no JSON, and steps that are doubled or missing."""
+def _broken_lines(output: Path, straight: Path) -> int:
+    """Lines of the run's JSONL files that are no JSON, and files with other steps than the undisturbed run's."""
     broken = 0
-    for path in output.glob("*.jsonl"):
+    for path in straight.glob("*.jsonl"):
         steps = []
-        for line in path.read_text().splitlines():
+        for line in (output / path.name).read_text().splitlines():
             try:
                 steps.append(json.loads(line)["step"])
             except (ValueError, KeyError):
                 broken += 1
-        broken += steps != list(range(STEPS))
+        broken += steps != [json.loads(line)["step"] for line in path.read_text().splitlines()]
     return broken
 
 
