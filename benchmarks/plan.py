@@ -32,6 +32,7 @@ from benchmarks.models import query_tokenizer, save_reward_model
 from benchmarks.step3 import Shape, prepare
 from benchmarks.switch import forget_peak, held_memory
 from common.data.examples import load_examples
+from common.data.prompts import PromptBuilder
 from common.engine import distributed
 from common.engine.accumulation import accumulate
 from common.files import read_json
@@ -155,7 +156,8 @@ def run_phases(folder: Path, case: Case, done: Callable[[str], None]) -> None:
     done("load")
     for _ in range(2):
         _rollout(config, models, folder, case.shape, tokenizer, done)
-    export_models(models, tokenizer, config)
+    prompts = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
+    export_models(models, prompts, config)
     done("export")
     gc.collect()
 
