@@ -1,4 +1,4 @@
-"""The code in docs/adapters.md, run as it stands there."""
+"""The code in README.md and docs/adapters.md, run as it stands there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from common.models.loading import apply_lora, save_model_folder
 from tests.models.test_loading import logits, train_a_little
 from tests.tiny_models import ordinary_tokenizer, tiny_llama
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "adapters.md"
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = ROOT / "docs" / "adapters.md"
 
 
 def test_the_documented_code_loads_the_merged_model_and_the_adapters(tmp_path, monkeypatch, capsys):
@@ -23,13 +24,14 @@ def test_the_documented_code_loads_the_merged_model_and_the_adapters(tmp_path, m
     train_a_little(tuned)
     save_model_folder(tuned, ordinary_tokenizer(), run / "step3_tppo" / "model", {})
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, str(DOCUMENT), "exec"), names)
-    for name in ("merged", "adapted"):
-        assert torch.allclose(logits(names[name]), logits(tuned), atol=1e-5)
+    for page in (ROOT / "README.md", DOCUMENT):
+        blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        assert blocks
+        names: dict = {}
+        for block in blocks:
+            exec(compile(block, str(page), "exec"), names)
+        for name in ("merged", "adapted"):
+            assert torch.allclose(logits(names[name]), logits(tuned), atol=1e-5)
     assert "red running shoes" in capsys.readouterr().out
 
 
