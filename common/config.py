@@ -107,7 +107,7 @@ class _Parser(GroupedParser):
     def error(self, message: str) -> NoReturn:
         flags = [flag for action in self._actions for flag in action.option_strings]
         hints = [_nearest(word, flags) for word in message.split() if word.startswith("--")]
-        raise InputError(f"{message}{''.join(hints)} (--help lists every flag)")
+        raise InputError(f"{one_line(message, 500)}{''.join(hints)} (--help lists every flag)")
 
 
 def _yaml_tokens(argv: list[str], known: list[str]) -> list[str]:

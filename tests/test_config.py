@@ -65,3 +65,9 @@ def test_bad_flags() -> None:
 
 def test_the_launchers_rank_flag_is_ignored() -> None:
     assert parse("--local_rank=1") == parse()
+
+
+def test_a_value_of_any_length_gives_one_short_paragraph() -> None:
+    with pytest.raises(InputError) as error:
+        parse("--rate", "1e" + "[" * 3000)
+    assert "argument --rate: invalid float value" in str(error.value) and len(str(error.value)) < 1000
