@@ -13,9 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from common.engine.distributed import barrier, on_main_first, rank, world_size
+from common.engine.distributed import barrier, gather_from_ranks, on_main_first, rank, world_size
 from common.errors import InputError, SaveFailed, one_line
 from common.files import read_json, write_json
 
@@ -39,7 +37,7 @@ def write_manifest(folder: Path, **facts: int) -> None:
     """
     barrier()
     found = {name: _describe(folder / name) for name in _share(_names(folder))}
-    files = {name: description for part in _from_all_ranks(found) for name, description in part.items()}
+    files = {name: description for part in gather_from_ranks(found) for name, description in part.items()}
     on_main_first(lambda: write_json(folder / MANIFEST, {"facts": facts, "files": dict(sorted(files.items()))}))
 
 
@@ -60,7 +58,7 @@ def damage(folder: Path) -> list[str]:
         problems = [problem for name in _share(sorted(listed)) if (problem := _problem(folder / name, listed[name]))]
     except (InputError, TypeError, KeyError) as error:
         problems = [f"{folder / MANIFEST}: not readable ({error})"]
-    return sorted({problem for part in _from_all_ranks(problems) for problem in part})
+    return sorted({problem for part in gather_from_ranks(problems) for problem in part})
 
 
 def newest_sound(folders: Sequence[Path]) -> Path | None:
@@ -111,11 +109,3 @@ def _problem(path: Path, listed: dict[str, Any]) -> str:
     if path.stat().st_size != listed["size"]:
         return f"{path.name} has {path.stat().st_size} bytes, not {listed['size']}"
     return "" if _describe(path)["sha256"] == listed["sha256"] else f"{path.name} has other content"
-
-
-def _from_all_ranks(value: Any) -> list[Any]:
-    values = [value]
-    if dist.is_initialized() and world_size() > 1:
-        values = [None] * world_size()
-        dist.all_gather_object(values, value)
-    return values
