@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from common.engine.deepspeed_config import zero_stage
 from common.planning.models import ModelSpec
 from common.planning.passes import evaluation_pass, training_pass
 from common.planning.plan import Machine, Plan
@@ -15,7 +16,7 @@ from step1_sft.trainer import token_nll
 
 def plan_step1(config: SftConfig, machine: Machine) -> Plan:
     """The plan of supervised fine-tuning. Raises `InputError` for a configuration that cannot be read."""
-    spec = ModelSpec.of(config.model_name_or_path, "causal_lm", config, config, zero3=config.zero_stage == 3)
+    spec = ModelSpec.of(config.model_name_or_path, "causal_lm", config, config, zero3=zero_stage(config) == 3)
     length = config.max_prompt_tokens + config.max_response_tokens
 
     def nll(model: nn.Module, rows: int) -> tuple[Tensor, Tensor]:

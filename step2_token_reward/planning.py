@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common.engine.deepspeed_config import zero_stage
 from common.planning.models import ModelSpec
 from common.planning.passes import classifier_inputs, classifier_pass, training_pass
 from common.planning.plan import Machine, Plan
@@ -13,7 +14,7 @@ def plan_step2(config: Step2Config, machine: Machine) -> Plan:
     """The plan of training the reward model. Raises `InputError` for a configuration that cannot be read."""
     spec = ModelSpec.of(
         config.model_name_or_path, "token_classifier", config, heads=config.heads, bidirectional=config.bidirectional,
-        zero3=config.zero_stage == 3,
+        zero3=zero_stage(config) == 3,
     )
     tokens, rows = config.max_prompt_tokens + config.max_response_tokens, config.per_device_train_batch_size
     update = training_pass(

@@ -207,6 +207,17 @@ def test_smaller_batches_and_checkpointing_lower_the_peaks_of_steps_1_and_2(tiny
         assert steps[-1].plan.peak < plan.peak / 4
 
 
+def test_a_users_own_zero_3_keeps_what_the_flags_zero_3_keeps(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "deepspeed.json"
+    path.write_text('{"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": true}}')
+    config = SftConfig(model_name_or_path=tiny, lora_r=4, dtype="fp32")
+    flags, own, plain = (
+        plan_step1(dataclasses.replace(config, **changes), Machine(2, GIB)).phases[1].parts["activations"]
+        for changes in ({"zero_stage": 3}, {"zero_stage": 1, "deepspeed_config": str(path)}, {"zero_stage": 1})
+    )
+    assert flags == own > plain
+
+
 def test_the_command_runs_from_the_root_without_a_path_and_says_what_to_change(tiny: str) -> None:
     found = subprocess.run(
         [
