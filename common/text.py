@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from functools import lru_cache
 from typing import NamedTuple
 
 # Scripts written without spaces: one character is one word (method: a CJK character is a word).
@@ -61,6 +62,7 @@ def split_queries(response: str) -> list[str]:
     return [line.strip() for line in lines]
 
 
+@lru_cache(maxsize=2**16)  # judging compares the same few queries of a user with each other again and again
 def normalise(text: str) -> str:
     """The form in which two texts count as equal: NFKC, case-folded, outer punctuation off each word, one space."""
     folded = unicodedata.normalize("NFKC", text).casefold()

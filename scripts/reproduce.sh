@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The study: every system on every seed, and the figures (docs/results/README.md).
 #
-#   bash scripts/reproduce.sh                   the whole study on the embedded log, hours on two cores
-#   bash scripts/reproduce.sh --quick           a sketch of it, half an hour
+#   bash scripts/reproduce.sh                   the whole study on the embedded log, less than six hours on two cores
+#   bash scripts/reproduce.sh --quick           a sketch of it, half an hour at most
+#   bash scripts/reproduce.sh --forecast        how long it would take, by kinds of jobs, and how long what is left
 #   bash scripts/reproduce.sh --report_only     tables and figures from the records that are there
 #   bash scripts/reproduce.sh --real_log A B    with the comparison on your own or other real logs
 #

@@ -27,17 +27,22 @@ def goal_section(results: Mapping[str, Any]) -> str:
     if not needed <= set(results["differences"]):
         return "The main comparison has not been run yet."
     rows = margin_rows(results["differences"], "all labels", 1.0)
+    seeds = str(_seeds(results["systems"]))
     few = results["label_budget"].get(FEW_LABELS)
     if few and needed <= set(few["differences"]):
         rows += margin_rows(few["differences"], f"{FEW_LABELS} labelled users", FEW_TIMES)
+        seeds += f" ({FEW_LABELS} labelled users: {_seeds(few['systems'])})"
     rows += [*drift_rows(results["systems"]), reach_row(results)]
     missed = sum(not reached for *_, reached in rows)
-    seeds = len(results["systems"]["tppo"]["relevance_rate"]["seeds"])
     head = f"not reached: {missed} of {len(rows)} parts fail" if missed else "reached"
     cells = [[*row, "yes" if reached else "**no**"] for *row, reached in rows]
     return f"**The goal is {head}.** TPPO against the two PPO baselines, seeds: {seeds}.\n\n" + table(
         ["part of the goal", "found", "wanted", "reached"], cells
     )
+
+
+def _seeds(systems: Mapping[str, Any]) -> int:
+    return len(systems["tppo"]["relevance_rate"]["seeds"])
 
 
 def margin_rows(differences: Mapping[str, Any], setting: str, times: float) -> list[Row]:

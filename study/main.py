@@ -2,6 +2,7 @@
 
     bash scripts/reproduce.sh                 the whole study (hours)
     bash scripts/reproduce.sh --quick         a sketch of it with the same code
+    bash scripts/reproduce.sh --forecast      how long it would take, by kinds of jobs
 
 It goes on where it stopped: what left a record is not run again, unless the settings that led to it have changed.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,18 @@ from typing import Any
 from common.config import option, parse_config
 from common.errors import InputError, run_command
 from common.files import read_json, write_json
+from study.forecast import Timings, in_words
 from study.jobs import Job, JobRunner, StudyFailed, fingerprints, needed_jobs
 from study.parts import Chosen, axis_jobs, budget_jobs, main_jobs, real_jobs, search_jobs
 from study.plan import Planner
 from study.records import Records, leaves_record
 from study.report import write_results
 from study.search import choose
-from study.settings import FULL, QUICK
+from study.settings import FULL, QUICK, Scale
 
+SHIPPED = Path("docs/results")  # what the full study found, and what its jobs took
 CHOSEN_NAME = "search.json"
+SECONDS_NAME = "seconds.json"
 PARTS = ("main", "budgets", "axes", "real")
 
 
@@ -41,6 +45,7 @@ class StudyConfig:
     real_log: list[str] = option([], "Real search logs for the part 'real'; none leaves it out.")
     parts: list[str] = option(list(PARTS), f"Which parts to run: {', '.join(PARTS)}; the search comes first.")
     workers: int = option(2, "Jobs at a time; give each a core.")
+    forecast: bool = option(False, "Say how long it would take, by what such jobs took before; run nothing.")
     report_only: bool = option(False, "Write tables and figures from the records that are there; run nothing.")
 
 
@@ -54,15 +59,29 @@ def main() -> None:
     work = Path(config.work_dir or ("outputs/study_quick" if config.quick else "outputs/study"))
     results = Path(config.results_dir or (work / "results" if config.quick else "docs/results"))
     study = Study(work, results, config.workers)
+    if config.forecast:
+        study.forecast(lambda planner: _plan_all(planner, config, scale), tuple(config.real_log), scale)
+        return
     if not config.report_only:
-        chosen = study.search(scale) if scale.search else read_json(Path("docs/results") / CHOSEN_NAME)["chosen"]
+        chosen = study.search(scale) if scale.search else shipped_settings()
         study.run(lambda planner: _plan(planner, config, scale, chosen), tuple(config.real_log), scale)
     write_results(results)
     print(f"results: {results}/README.md, {results}/reproduction.json")
     print("next: read the first: whether the goal is reached, then the tables")
 
 
-def _plan(planner: Planner, config: StudyConfig, scale: Any, chosen: Chosen) -> None:
+def shipped_settings() -> Chosen:
+    """What the full study's search has chosen."""
+    return read_json(SHIPPED / CHOSEN_NAME)["chosen"]
+
+
+def _plan_all(planner: Planner, config: StudyConfig, scale: Scale) -> None:
+    if scale.search:
+        search_jobs(planner)
+    _plan(planner, config, scale, shipped_settings())
+
+
+def _plan(planner: Planner, config: StudyConfig, scale: Scale, chosen: Chosen) -> None:
     parts: dict[str, Callable[..., None]] = {"main": main_jobs, "budgets": budget_jobs}
     if scale.axes:
         parts["axes"] = axis_jobs
@@ -80,34 +99,54 @@ class Study:
         self._work = work
         self._results = results
         self._records = Records(results / "records")
+        self._timings = Timings(results / SECONDS_NAME)
+        self._workers = workers
         self._runner = JobRunner(work, workers, self._finish)
         self._marks: dict[str, str] = {}
         self._left = 0
         self._begun = time.monotonic()
         self._ended = 0
 
-    def search(self, scale: Any) -> Chosen:
+    def search(self, scale: Scale) -> Chosen:
         """Each arm's settings, from the search's records."""
         self.run(search_jobs, (), scale)
         found = choose(dict(self._records.read()))
         write_json(self._results / CHOSEN_NAME, found)
         return found["chosen"]
 
-    def run(self, plan: Callable[[Planner], None], real_logs: tuple[str, ...], scale: Any) -> None:
+    def run(self, plan: Callable[[Planner], None], real_logs: tuple[str, ...], scale: Scale) -> None:
         """Run what `plan` adds, as far as no record of it is there."""
-        planner = Planner(self._work, scale, real_logs)
-        plan(planner)
-        marks = self._marks = fingerprints(planner.jobs.values())
-        jobs = needed_jobs(
-            planner.jobs.values(),
-            wanted=lambda job: leaves_record(job) and not self._records.has(job, marks[job.name]),
-            done=lambda job: self._runner.is_done(job, marks[job.name]),
-        )
+        planned = self._planned(plan, real_logs, scale)
+        marks = self._marks = fingerprints(planned)
+        jobs = self._left_of(planned, marks)
+        if jobs:
+            print(f"{len(jobs)} jobs, {in_words(*self._timings.hours(jobs, self._workers), self._workers)}", flush=True)
         self._left, self._ended, self._begun = len(jobs), 0, time.monotonic()
         self._runner.run(jobs, marks)
 
+    def forecast(self, plan: Callable[[Planner], None], real_logs: tuple[str, ...], scale: Scale) -> None:
+        """Print how long all that `plan` adds takes, and how long what is left of it."""
+        planned = self._planned(plan, real_logs, scale)
+        print(*self._timings.table(planned), sep="\n")
+        for name, jobs in (("all", planned), ("left", self._left_of(planned, fingerprints(planned)))):
+            hours, unknown = self._timings.hours(jobs, self._workers)
+            print(f"{name}: {len(jobs)} jobs, {in_words(hours, unknown, self._workers)}")
+
+    def _planned(self, plan: Callable[[Planner], None], real_logs: tuple[str, ...], scale: Scale) -> list[Job]:
+        planner = Planner(self._work, scale, real_logs)
+        plan(planner)
+        return list(planner.jobs.values())
+
+    def _left_of(self, planned: list[Job], marks: Mapping[str, str]) -> list[Job]:
+        return needed_jobs(
+            planned,
+            wanted=lambda job: leaves_record(job) and not self._records.has(job, marks[job.name]),
+            done=lambda job: self._runner.is_done(job, marks[job.name]),
+        )
+
     def _finish(self, job: Job, seconds: float) -> None:
         folder = self._work / job.name
+        self._timings.add(job, seconds)
         record = self._records.write(job, folder, seconds, self._marks[job.name])
         for leftover in job.leftovers:
             shutil.rmtree(folder / leftover, ignore_errors=True)

@@ -140,10 +140,11 @@ def sequence_kl(
 def _batches(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_token_id: int, size: int
 ) -> Iterator[SequenceBatch]:
+    """Pairs of a prompt and its response, those of similar length together: little padding."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for start in range(0, len(prompts), size):
-        part = slice(start, start + size)
-        yield pad_sequences(prompts[part], responses[part], pad_token_id, device)
+    pairs = sorted(zip(prompts, responses, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
+    for start in range(0, len(pairs), size):
+        yield pad_sequences(*zip(*pairs[start : start + size], strict=True), pad_token_id, device)
 
 
 def control_rows(config: MeasureConfig, examples: Sequence[Example]) -> list[Row]:

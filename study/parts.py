@@ -64,8 +64,8 @@ def main_jobs(planner: Planner, scale: Scale, chosen: Chosen) -> None:
 
 def budget_jobs(planner: Planner, scale: Scale, chosen: Chosen) -> None:
     """Fewer labelled users."""
-    for users in scale.budgets:
-        for seed in scale.seeds:
+    for users, seeds in scale.budgets.items():
+        for seed in seeds:
             compare_jobs(planner, f"budget{users}", World(seed, users=users), chosen)
 
 

@@ -172,12 +172,14 @@ def test_every_part_of_the_goal_by_hand() -> None:
         differences = {f"tppo_minus_{baseline}": both for baseline in ("ppo_response", "ppo_query")}
         systems = {name: {"kl": {"mean": 2.0}} for name in COMPARED}
         systems["tppo"] = {"kl": {"mean": kl}, "relevance_rate": {"seeds": [0.5, 0.6]}}
+        few = {"differences": differences, "systems": {"tppo": {"relevance_rate": {"seeds": [0.4, 0.5, 0.6]}}}}
         return {
-            "differences": differences, "systems": systems, "label_budget": {"150": {"differences": differences}},
+            "differences": differences, "systems": systems, "label_budget": {"150": few},
             "rollouts": 192, "rollouts_to_reach": {"ppo_response_final": {"tppo": reach}},
         }  # fmt: skip
 
     assert goal_section(results(8.0)).startswith("**The goal is reached.**")
+    assert "seeds: 2 (150 labelled users: 3).\n" in goal_section(results(8.0))
     # With all labels 4, 8 and 2 points are wanted; with few twice that: 8, 16, 4. Each sampled and greedy.
     assert "not reached: 4 of 15 parts" in goal_section(results(7.9))
     assert "not reached: 10 of 15 parts" in goal_section(results(3.9))
