@@ -34,7 +34,8 @@ def goal_section(results: Mapping[str, Any]) -> str:
         seeds += f" ({FEW_LABELS} labelled users: {_seeds(few['systems'])})"
     rows += [*drift_rows(results["systems"]), reach_row(results)]
     missed = sum(not reached for *_, reached in rows)
-    head = f"not reached: {missed} of {len(rows)} parts fail" if missed else "reached"
+    fail = "fails" if missed == 1 else "fail"
+    head = f"not reached: {missed} of {len(rows)} parts {fail}" if missed else "reached"
     cells = [[*row, "yes" if reached else "**no**"] for *row, reached in rows]
     return f"**The goal is {head}.** TPPO against the two PPO baselines, seeds: {seeds}.\n\n" + table(
         ["part of the goal", "found", "wanted", "reached"], cells

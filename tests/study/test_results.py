@@ -185,8 +185,8 @@ def test_every_part_of_the_goal_by_hand() -> None:
     assert "not reached: 10 of 15 parts" in goal_section(results(3.9))
     assert "not reached: 12 of 15 parts" in goal_section(results(8.0, low=0.0))
     assert "not reached: 2 of 15 parts" in goal_section(results(8.0, kl=2.1))
-    assert "not reached: 1 of 15 parts" in goal_section(results(8.0, reach=128))
-    assert "not reached: 1 of 15 parts" in goal_section(results(8.0, reach=None))
+    assert "not reached: 1 of 15 parts fails" in goal_section(results(8.0, reach=128))
+    assert "not reached: 1 of 15 parts fails" in goal_section(results(8.0, reach=None))
 
 
 def test_a_page_without_runs_says_so(tmp_path: Path) -> None:
