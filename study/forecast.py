@@ -65,6 +65,8 @@ class Timings:
 
 
 def in_words(hours: float, unknown: int, workers: int) -> str:
-    """`about 5.1 hours with 2 at a time`, and what that leaves out."""
-    left_out = f", and {unknown} jobs of kinds that were never timed" if unknown else ""
+    """`about 5.1 hours with 2 at a time`, and what that leaves out"""
+    if unknown and not hours:
+        return "of kinds that were never timed"
+    left_out = f", not counting {unknown} of kinds that were never timed" if unknown else ""
     return f"about {hours:.1f} hours with {workers} at a time{left_out}"
