@@ -42,31 +42,29 @@ class Timings:
         self._seconds.setdefault(kind(job), []).append(round(seconds, 1))
         write_json(self._path, dict(sorted(self._seconds.items())))
 
-    def expected(self, job: Job) -> float | None:
-        """The median seconds of the job's kind; None if no such job has been timed."""
-        seconds = self._seconds.get(kind(job))
+    def expected(self, kind_name: str) -> float | None:
+        """The median seconds of a kind; None if no such job has been timed."""
+        seconds = self._seconds.get(kind_name)
         return statistics.median(seconds) if seconds else None
 
     def hours(self, jobs: Iterable[Job], workers: int) -> tuple[float, int]:
         """Hours of all `jobs`, with `workers` always busy, and the number of jobs whose kind has not been timed."""
-        expected = [self.expected(job) for job in jobs]
+        expected = [self.expected(kind(job)) for job in jobs]
         return sum(seconds for seconds in expected if seconds is not None) / 3600 / workers, expected.count(None)
 
-    def table(self, jobs: Sequence[Job]) -> list[str]:
+    def summary(self, jobs: Sequence[Job], workers: int) -> str:
+        """`40 jobs, about 5.1 hours with 2 at a time`, and what that leaves out."""
+        hours, unknown = self.hours(jobs, workers)
+        if unknown and not hours:
+            return f"{len(jobs)} jobs, of kinds that were never timed"
+        left_out = f", not counting {unknown} of kinds that were never timed" if unknown else ""
+        return f"{len(jobs)} jobs, about {hours:.1f} hours with {workers} at a time{left_out}"
+
+    def table(self, jobs: Iterable[Job]) -> list[str]:
         """A line a kind: how many jobs, the seconds of one, and the hours on one core of all."""
-        found = {kind(job): job for job in jobs}
-        counts = Counter(map(kind, jobs))
         lines = ["jobs  seconds  hours  kind"]
-        for name, job in found.items():
-            seconds = self.expected(job)
-            shown = "      ?      ?" if seconds is None else f"{seconds:7.0f}  {seconds * counts[name] / 3600:5.2f}"
-            lines.append(f"{counts[name]:4d}  {shown}  {name}")
+        for name, count in Counter(map(kind, jobs)).items():
+            seconds = self.expected(name)
+            shown = "      ?      ?" if seconds is None else f"{seconds:7.0f}  {seconds * count / 3600:5.2f}"
+            lines.append(f"{count:4d}  {shown}  {name}")
         return lines
-
-
-def in_words(hours: float, unknown: int, workers: int) -> str:
-    """`about 5.1 hours with 2 at a time`, and what that leaves out"""
-    if unknown and not hours:
-        return "of kinds that were never timed"
-    left_out = f", not counting {unknown} of kinds that were never timed" if unknown else ""
-    return f"about {hours:.1f} hours with {workers} at a time{left_out}"

@@ -20,7 +20,7 @@ from typing import Any
 from common.config import option, parse_config
 from common.errors import InputError, run_command
 from common.files import read_json, write_json
-from study.forecast import Timings, in_words
+from study.forecast import Timings
 from study.jobs import Job, JobRunner, StudyFailed, fingerprints, needed_jobs
 from study.parts import Chosen, axis_jobs, budget_jobs, main_jobs, real_jobs, search_jobs
 from study.plan import Planner
@@ -57,14 +57,14 @@ def main() -> None:
         raise InputError(f"--parts {', '.join(sorted(unknown))}: none of {', '.join(PARTS)}")
     scale = QUICK if config.quick else FULL
     work = Path(config.work_dir or ("outputs/study_quick" if config.quick else "outputs/study"))
-    results = Path(config.results_dir or (work / "results" if config.quick else "docs/results"))
-    study = Study(work, results, config.workers)
+    results = Path(config.results_dir or (work / "results" if config.quick else SHIPPED))
+    study = Study(work, results, config.workers, scale, tuple(config.real_log))
     if config.forecast:
-        study.forecast(lambda planner: _plan_all(planner, config, scale), tuple(config.real_log), scale)
+        study.forecast(lambda planner: _plan_all(planner, config, scale))
         return
     if not config.report_only:
-        chosen = study.search(scale) if scale.search else shipped_settings()
-        study.run(lambda planner: _plan(planner, config, scale, chosen), tuple(config.real_log), scale)
+        chosen = study.search() if scale.search else shipped_settings()
+        study.run(lambda planner: _plan(planner, config, scale, chosen))
     write_results(results)
     print(f"results: {results}/README.md, {results}/reproduction.json")
     print("next: read the first: whether the goal is reached, then the tables")
@@ -95,8 +95,10 @@ def _plan(planner: Planner, config: StudyConfig, scale: Scale, chosen: Chosen) -
 class Study:
     """Runs planned jobs and keeps their records; prints one line for each job that ends."""
 
-    def __init__(self, work: Path, results: Path, workers: int) -> None:
+    def __init__(self, work: Path, results: Path, workers: int, scale: Scale, real_logs: tuple[str, ...]) -> None:
         self._work = work
+        self._scale = scale
+        self._real_logs = real_logs
         self._results = results
         self._records = Records(results / "records")
         self._timings = Timings(results / SECONDS_NAME)
@@ -107,33 +109,32 @@ class Study:
         self._begun = time.monotonic()
         self._ended = 0
 
-    def search(self, scale: Scale) -> Chosen:
+    def search(self) -> Chosen:
         """Each arm's settings, from the search's records."""
-        self.run(search_jobs, (), scale)
+        self.run(search_jobs)
         found = choose(dict(self._records.read()))
         write_json(self._results / CHOSEN_NAME, found)
         return found["chosen"]
 
-    def run(self, plan: Callable[[Planner], None], real_logs: tuple[str, ...], scale: Scale) -> None:
+    def run(self, plan: Callable[[Planner], None]) -> None:
         """Run what `plan` adds, as far as no record of it is there."""
-        planned = self._planned(plan, real_logs, scale)
+        planned = self._planned(plan)
         marks = self._marks = fingerprints(planned)
         jobs = self._left_of(planned, marks)
         if jobs:
-            print(f"{len(jobs)} jobs, {in_words(*self._timings.hours(jobs, self._workers), self._workers)}", flush=True)
+            print(self._timings.summary(jobs, self._workers), flush=True)
         self._left, self._ended, self._begun = len(jobs), 0, time.monotonic()
         self._runner.run(jobs, marks)
 
-    def forecast(self, plan: Callable[[Planner], None], real_logs: tuple[str, ...], scale: Scale) -> None:
+    def forecast(self, plan: Callable[[Planner], None]) -> None:
         """Print how long all that `plan` adds takes, and how long what is left of it."""
-        planned = self._planned(plan, real_logs, scale)
+        planned = self._planned(plan)
         print(*self._timings.table(planned), sep="\n")
         for name, jobs in (("all", planned), ("left", self._left_of(planned, fingerprints(planned)))):
-            hours, unknown = self._timings.hours(jobs, self._workers)
-            print(f"{name}: {len(jobs)} jobs, {in_words(hours, unknown, self._workers)}")
+            print(f"{name}: {self._timings.summary(jobs, self._workers)}")
 
-    def _planned(self, plan: Callable[[Planner], None], real_logs: tuple[str, ...], scale: Scale) -> list[Job]:
-        planner = Planner(self._work, scale, real_logs)
+    def _planned(self, plan: Callable[[Planner], None]) -> list[Job]:
+        planner = Planner(self._work, self._scale, self._real_logs)
         plan(planner)
         return list(planner.jobs.values())
 

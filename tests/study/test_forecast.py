@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.files import read_json, write_json
-from study.forecast import Timings, in_words, kind
+from study.forecast import Timings, kind
 from study.jobs import Job
 from study.main import SECONDS_NAME, SHIPPED, shipped_settings
 from study.parts import axis_jobs, budget_jobs, main_jobs, search_jobs
@@ -51,10 +51,10 @@ def test_hours_are_medians_of_the_kind_times_its_jobs_over_the_workers(tmp_path:
     hours, unknown = timings.hours(jobs, workers=2)
     assert hours == pytest.approx((120 + 120 + 600) / 3600 / 2, rel=1e-12)
     assert unknown == 1
-    said = in_words(hours, unknown, 2)
-    assert said == "about 0.1 hours with 2 at a time, not counting 1 of kinds that were never timed"
-    assert in_words(*timings.hours([UNSEEN], 2), 2) == "of kinds that were never timed"
-    assert in_words(*timings.hours([], 2), 2) == "about 0.0 hours with 2 at a time"
+    said = timings.summary(jobs, 2)
+    assert said == "4 jobs, about 0.1 hours with 2 at a time, not counting 1 of kinds that were never timed"
+    assert timings.summary([UNSEEN], 2) == "1 jobs, of kinds that were never timed"
+    assert timings.summary([], 2) == "0 jobs, about 0.0 hours with 2 at a time"
     _, short, long, unseen = (line.split() for line in timings.table(jobs))
     assert short[:3] == ["2", "120", "0.07"] and long[:3] == ["1", "600", "0.17"] and unseen[:3] == ["1", "?", "?"]
 
