@@ -35,7 +35,7 @@ from common.config import option, parse_config  # noqa: E402
 from common.engine.checkpoint import list_checkpoints  # noqa: E402
 from common.engine.manifest import DAMAGED, damage  # noqa: E402
 from common.errors import InputError, run_command  # noqa: E402
-from common.files import write_jsonl  # noqa: E402
+from common.files import read_jsonl, write_jsonl  # noqa: E402
 
 STEPS, SAVE_STEPS = 12, 2
 SHARE_IN_START = 0.25
@@ -215,7 +215,7 @@ def _broken_lines(output: Path, straight: Path) -> int:
                 steps.append(json.loads(line)["step"])
             except (ValueError, KeyError):
                 broken += 1
-        broken += steps != [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        broken += steps != [row["step"] for _, row in read_jsonl(path)]
     return broken
 
 
