@@ -139,10 +139,14 @@ class Study:
         return list(planner.jobs.values())
 
     def _left_of(self, planned: list[Job], marks: Mapping[str, str]) -> list[Job]:
+        def unrecorded(job: Job) -> bool:
+            return leaves_record(job) and not self._records.has(job, marks[job.name])
+
+        # A record may be lost, or its study killed before it was written: a whole folder alone is not enough.
         return needed_jobs(
             planned,
-            wanted=lambda job: leaves_record(job) and not self._records.has(job, marks[job.name]),
-            done=lambda job: self._runner.is_done(job, marks[job.name]),
+            wanted=unrecorded,
+            done=lambda job: self._runner.is_done(job, marks[job.name]) and not unrecorded(job),
         )
 
     def _finish(self, job: Job, seconds: float) -> None:

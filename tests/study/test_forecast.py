@@ -10,8 +10,8 @@ import pytest
 
 from common.files import read_json, write_json
 from study.forecast import Timings, kind
-from study.jobs import Job
-from study.main import SECONDS_NAME, SHIPPED, shipped_settings
+from study.jobs import DONE_NAME, Job, fingerprints
+from study.main import SECONDS_NAME, SHIPPED, Study, shipped_settings
 from study.parts import axis_jobs, budget_jobs, main_jobs, search_jobs
 from study.plan import Planner, World
 from study.settings import FULL
@@ -80,3 +80,18 @@ def test_the_command_forecasts_without_running_anything(tmp_path: Path) -> None:
     assert everything.startswith("all: ") and everything.removeprefix("all") == left.removeprefix("left")
     assert "hours with 2 at a time" in left
     assert sorted(path.name for path in tmp_path.iterdir()) == [SECONDS_NAME]
+
+
+def test_a_job_whose_record_is_lost_is_left_to_do_though_its_folder_is_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planner = Planner(tmp_path, FULL)
+    planner.controls("main", World(0))
+    marks = fingerprints(planner.jobs.values())
+    for name, mark in marks.items():
+        write_json(tmp_path / name / DONE_NAME, {"fingerprint": mark, "seconds": 1.0})
+        if name not in ("log/k3", "main/s0/popularity"):
+            write_json(tmp_path / "results" / "records" / f"{name}.json", {"fingerprint": mark})
+    study = Study(tmp_path, tmp_path / "results", 1, FULL, ())
+    study.forecast(lambda planner: planner.controls("main", World(0)))
+    assert "left: 1 jobs" in capsys.readouterr().out
