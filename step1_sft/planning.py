@@ -18,19 +18,13 @@ def plan_step1(config: SftConfig, machine: Machine) -> Plan:
     """The plan of supervised fine-tuning. Raises `InputError` for a configuration that cannot be read."""
     spec = ModelSpec.of(config.model_name_or_path, "causal_lm", config, config, zero3=zero_stage(config) == 3)
     length = config.max_prompt_tokens + config.max_response_tokens
+    predicted = length - 1 if config.prompt_loss_weight else config.max_response_tokens
 
-    def nll(model: nn.Module, rows: int) -> tuple[Tensor, Tensor]:
+    def nll(model: nn.Module, rows: int) -> Tensor:
         ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
-        logits = model(input_ids=ids, attention_mask=ids).logits
-        return token_nll(logits, ids), logits
+        return token_nll(model, ids, ids, ids.bool())
 
-    update = training_pass(
-        spec, lambda model: nll(model, config.per_device_train_batch_size)[0].sum(), padded=True
-    )
-
-    def evaluate(model: nn.Module) -> Tensor:
-        loss, logits = nll(model, config.per_device_eval_batch_size)
-        # The Trainer makes metrics of the logits once more, while it holds the loss.
-        return token_nll(logits, torch.zeros(logits.shape[:2], dtype=torch.long, device="meta")) + loss
-
-    return plan_trainer("step 1", config, machine, spec, update, evaluation_pass(spec, evaluate))
+    train, held_out = config.per_device_train_batch_size, config.per_device_eval_batch_size
+    update = training_pass(spec, lambda model: nll(model, train).sum(), train * predicted, padded=True)
+    evaluate = evaluation_pass(spec, lambda model: nll(model, held_out), held_out * predicted)
+    return plan_trainer("step 1", config, machine, spec, update, evaluate)

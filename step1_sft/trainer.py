@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,24 +14,25 @@ from common.alignment import IGNORE_LABEL
 from common.engine.trainer import RecipeTrainer
 
 
-def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """`-log p(targets_t | <t)` of positions 1..T-1.
-
-    `logits` `(B, T, V)`, `targets` `(B, T)` ids; position t is predicted from the logits at t-1. Returns `(B, T-1)` in
-    nats, 0 where the target is `IGNORE_LABEL`.
-    """
-    # Flat, because a softmax over a strided dimension takes twice as long.
-    predicted, wanted = logits[:, :-1].float(), targets[:, 1:]
-    flat = cross_entropy(predicted.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=IGNORE_LABEL)
-    return flat.view_as(wanted)
-
-
 def token_weights(labels: torch.Tensor, attention_mask: torch.Tensor, prompt_loss_weight: float) -> torch.Tensor:
     """Weights `(B, T)` of the tokens as targets: 1 in the response (EOS included), `prompt_loss_weight` in the prompt,
     0 on padding and on the first token, which nothing predicts."""
     weights = torch.where(labels != IGNORE_LABEL, 1.0, prompt_loss_weight * attention_mask)
     weights[:, 0] = 0.0
     return weights
+
+
+def token_nll(
+    forward: Callable[..., Any], input_ids: torch.Tensor, attention_mask: torch.Tensor, wanted: torch.Tensor
+) -> torch.Tensor:
+    """`-log p(input_ids_t | <t)` in nats of the tokens that are `wanted` `(B, T)` bool, row by row: `(M,)` fp32.
+
+    Token t is predicted from the logits at t-1. `forward` computes logits there and nowhere else: over a large
+    vocabulary those of whole prompts would be most of a step's memory. The first token of a row is never wanted.
+    """
+    predicting = torch.nn.functional.pad(wanted[:, 1:], (0, 1))
+    logits = forward(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=predicting).logits
+    return cross_entropy(logits.float(), input_ids[wanted], reduction="none")
 
 
 class SftTrainer(RecipeTrainer):
@@ -42,7 +44,7 @@ class SftTrainer(RecipeTrainer):
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, prompt_loss_weight: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(*args, preprocess_logits_for_metrics=token_nll, compute_metrics=response_metrics, **kwargs)
+        super().__init__(*args, compute_metrics=response_metrics, **kwargs)
         self.prompt_loss_weight = prompt_loss_weight
 
     def compute_loss(
@@ -51,13 +53,19 @@ class SftTrainer(RecipeTrainer):
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """This micro-batch's part of the loss; `num_items_in_batch` is the denominator."""
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        nll = token_nll(outputs.logits, inputs["input_ids"])
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """This micro-batch's part of the loss; `num_items_in_batch` is the denominator.
+
+        The outputs are `nll` `(B, T)`, 0 where no token is predicted with a weight.
+        """
+        weights = self._weights(inputs)
+        wanted = weights > 0
+        nll = token_nll(model, inputs["input_ids"], inputs["attention_mask"], wanted)
         # Gradients are averaged over the ranks, but the parts of the loss are to be summed.
-        loss = (nll * self._weights(inputs)[:, 1:]).sum() / num_items_in_batch * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        loss = (nll * weights[wanted]).sum() / num_items_in_batch * self.accelerator.num_processes
+        if not return_outputs:
+            return loss
+        return loss, {"nll": torch.zeros_like(weights).masked_scatter(wanted, nll)}
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> Any:
         """The weights' sum over these micro-batches and all ranks; the base class would count tokens."""
@@ -70,7 +78,6 @@ class SftTrainer(RecipeTrainer):
 
 def response_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Mean nll a response token over all evaluated examples (in place of the Trainer's mean of batch means), and its
-    exponential. `predictions` are `token_nll` of the labels `(N, T-1)`, `label_ids` `(N, T)`."""
-    counted = prediction.label_ids[:, 1:] != IGNORE_LABEL
-    loss = float(prediction.predictions[counted].mean())
+    exponential. `predictions` are the nll and `label_ids` the labels, both `(N, T)`."""
+    loss = float(prediction.predictions[prediction.label_ids != IGNORE_LABEL].mean())
     return {"loss": loss, "perplexity": math.exp(loss)}

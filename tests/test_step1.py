@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,15 +108,20 @@ def test_weights_by_hand():
     assert weights.tolist() == [[0, 0.25, 0.25, 1, 1, 1], [0, 1, 1, 0, 0, 0]]
 
 
-def test_token_nll_is_read_one_position_earlier():
+def test_token_nll_is_read_one_position_earlier_and_computed_nowhere_else():
     torch.manual_seed(0)
-    logits, targets = torch.randn(2, 4, 7), torch.tensor([[1, 2, 3, -100], [6, 5, 4, 0]])
-    nll = token_nll(logits, targets)
-    for row in range(2):
-        for position in range(1, 4):
-            target = int(targets[row, position])
-            expected = 0.0 if target == -100 else -float(logits[row, position - 1].log_softmax(-1)[target])
-            assert nll[row, position - 1] == pytest.approx(expected, abs=1e-6)
+    logits, ids = torch.randn(2, 4, 7), torch.tensor([[1, 2, 3, 0], [6, 5, 4, 0]])
+    wanted = torch.tensor([[False, True, True, False], [False, False, False, True]])
+    asked = []
+
+    def forward(input_ids, attention_mask, logits_to_keep):
+        asked.append(logits_to_keep)
+        return SimpleNamespace(logits=logits[logits_to_keep])
+
+    nll = token_nll(forward, ids, torch.ones_like(ids), wanted)
+    assert asked[0].tolist() == [[True, True, False, False], [False, False, True, False]]
+    expected = [-logits[row, at - 1].log_softmax(-1)[ids[row, at]] for row, at in [(0, 1), (0, 2), (1, 3)]]
+    assert torch.allclose(nll, torch.stack(expected), atol=1e-6)
 
 
 class CatchGradients(TrainerCallback):
@@ -185,7 +191,7 @@ def test_evaluation_is_a_mean_over_response_tokens(tmp_path):
 
 def test_response_metrics_by_hand():
     class Prediction:
-        predictions = torch.tensor([[9.0, 1.0, 2.0], [3.0, 9.0, 9.0]]).numpy()
+        predictions = torch.tensor([[9.0, 9.0, 1.0, 2.0], [9.0, 3.0, 9.0, 9.0]]).numpy()
         label_ids = torch.tensor([[-100, -100, 5, 6], [-100, 7, -100, -100]]).numpy()
 
     assert response_metrics(Prediction()) == {"loss": 2.0, "perplexity": math.exp(2.0)}

@@ -89,10 +89,10 @@ def classifier_pass(spec: ModelSpec, rows: int, tokens: int) -> Pass:
     return evaluation_pass(spec, lambda model: model(**classifier_inputs(model, rows, tokens)).logits.float())
 
 
-def evaluation_pass(spec: ModelSpec, evaluate: Callable[[nn.Module], Any]) -> Pass:
-    """A pass of `evaluate` without gradients over a batch with padding."""
+def evaluation_pass(spec: ModelSpec, evaluate: Callable[[nn.Module], Any], selected: int = 0) -> Pass:
+    """A pass of `evaluate` without gradients over a batch with padding; `selected` as in `PassTracker`."""
     model = meta_model(spec).eval()
-    with torch.no_grad(), _linear_of(spec), PassTracker(padded=True) as tracker:
+    with torch.no_grad(), _linear_of(spec), PassTracker(selected, padded=True) as tracker:
         evaluate(model)
     return Pass(tracker.peak, tracker.flops)
 
