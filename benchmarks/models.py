@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from common.config import ModelOptions
 from common.data.simulator import SimulatorConfig, simulate
-from common.models.reward_encoder import RewardInputOptions
+from common.models.reward_options import RewardInputOptions
 from common.models.tiny import train_tokenizer
 from common.models.token_reward import load_token_reward_model, save_token_reward_model
 

@@ -41,7 +41,10 @@ class ModelOptions:
     attn_implementation: str = option(
         "sdpa", "Attention kernel, checked at start.", choices=["sdpa", "eager", "flash_attention_2"]
     )
-    dtype: str = option("fp32", "Training precision; fp32 is the one for CPU ranks.", choices=["fp32", "bf16"])
+    dtype: str = option(
+        "auto", "Precision of weights and activations; auto: bf16 on a GPU that has it, else fp32.",
+        choices=["auto", "fp32", "bf16"],
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     trust_remote_code: bool = option(False, "Run model code from the hub. Only for repositories that you trust.")
     liger: bool = option(False, "Liger's kernels for norms, MLPs and rotary positions (CUDA), checked at start.")

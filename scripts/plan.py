@@ -92,6 +92,8 @@ def _complete(config: Any, model: str) -> Any:
     missing = {name: "-" for name in ELSEWHERE if name in names and not getattr(config, name)}
     if "reward_path" in names and not config.reward_path:
         missing["reward_path"] = getattr(config, model)
+    if config.dtype == "auto":
+        missing["dtype"] = "bf16"  # what it stands for on the GPUs that are planned
     return dataclasses.replace(config, **missing)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.config import LoraOptions, option
-from common.engine.adapters import check_adapters, check_dora
+from common.engine.adapter_options import check_adapters, check_dora
 from common.engine.trainer_options import TrainerOptions, check_trainer_options
 from common.errors import InputError
 

@@ -14,11 +14,12 @@ from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
 from common.engine.trainer import newest_checkpoint, prepare_to_load, run_callbacks
-from common.engine.trainer_options import prepare_output, training_arguments
+from common.engine.training_arguments import prepare_output, training_arguments
 from common.engine.watchdog import Watchdog
 from common.errors import run_rank_command
 from common.files import write_json
 from common.generation.decode import check_decodable
+from common.models.kernels import settle_dtype
 from common.models.loading import (
     apply_lora,
     causal_lm_skeleton,
@@ -36,7 +37,7 @@ from step1_sft.trainer import SftTrainer
 
 def main() -> None:
     """Fine-tune `model_name_or_path` on the responses of the train examples; write `<output_dir>/model`."""
-    config = parse_config(SftConfig)
+    config = settle_dtype(parse_config(SftConfig))
     check_config(config)
     check_machine(config.model_name_or_path, config, config.quantize)
     start = time.monotonic()

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from common.config import option
 from common.engine.trainer_options import TrainerOptions, check_trainer_options
 from common.errors import InputError
-from common.models.reward_encoder import RewardInputOptions
-from common.models.reward_losses import HEAD_OUTPUTS, NUM_CLASSES
+from common.models.reward_options import HEAD_OUTPUTS, NUM_CLASSES, RewardInputOptions
 
 _CLASSES = "classes 0 irrelevant, 1 relevant, 2 very relevant"
 

@@ -10,8 +10,9 @@ import torch
 
 from common.alignment import IGNORE_LABEL, NO_LINE
 from common.models.query_score import QueryRule, fit_query_rule, query_features, score_queries
-from common.models.reward_losses import NUM_CLASSES, judges_words, local_loss, without_class_weights
+from common.models.reward_losses import judges_words, local_loss, without_class_weights
 from common.models.reward_metrics import classification_metrics, sentence_metrics
+from common.models.reward_options import NUM_CLASSES
 from common.models.token_reward import query_index, seen_words, sentence_scores, word_probabilities
 from step2_token_reward.dataset import LabelledResponse
 

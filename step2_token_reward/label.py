@@ -44,7 +44,8 @@ from common.feedback.labels import (
 from common.feedback.llm.annotator import LLMAnnotator
 from common.feedback.llm.model import Question
 from common.feedback.llm.options import EndpointOptions
-from common.feedback.load import ANNOTATORS, LLM, LLM_TEMPLATE, OWN, check_annotator_name, open_annotator
+from common.feedback.load import open_annotator
+from common.feedback.names import ANNOTATORS, LLM, LLM_TEMPLATE, OWN, check_annotator_name
 from common.files import mend_last_line
 
 _LABEL_START = b'{"id": '

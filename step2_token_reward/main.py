@@ -15,11 +15,12 @@ from typing import Any
 from common.config import parse_config
 from common.engine import distributed
 from common.engine.trainer import newest_checkpoint, prepare_to_load, run_callbacks
-from common.engine.trainer_options import prepare_output, training_arguments
+from common.engine.training_arguments import prepare_output, training_arguments
 from common.engine.watchdog import Watchdog
 from common.errors import InputError, run_rank_command
 from common.feedback.labels import read_labels
 from common.files import write_json
+from common.models.kernels import settle_dtype
 from common.models.loading import check_machine, has_attention, load_fast_tokenizer, no_attention
 from common.models.reward_encoder import RewardEncoder
 from common.models.reward_losses import inverse_class_frequency
@@ -36,7 +37,7 @@ from step2_token_reward.trainer import RewardTrainer
 
 def main() -> None:
     """Train a token classifier on labelled responses; write `<output_dir>/model`."""
-    config = parse_config(Step2Config)
+    config = settle_dtype(parse_config(Step2Config))
     check_config(config)
     check_machine(config.model_name_or_path, config)
     skeleton = token_classifier_skeleton(config.model_name_or_path, config)

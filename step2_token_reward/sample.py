@@ -12,61 +12,35 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from common.config import ModelOptions, option, parse_config
+from common.config import parse_config
 from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.engine import distributed
-from common.errors import InputError, run_rank_command
+from common.errors import run_rank_command
 from common.files import claim_output_dir, read_jsonl, write_jsonl
 from common.generation.decode import check_decodable
 from common.generation.generate import Generated, generate_responses
 from common.generation.sampling import Sampling
+from common.models.kernels import settle_dtype
 from common.models.loading import causal_lm_skeleton, check_lengths, check_vocabulary, load_causal_lm, load_tokenizer
 from common.tracking import progress
 from step2_token_reward.corruptions import corrupt
+from step2_token_reward.sample_config import SampleConfig, check_config
 
 SPLITS = ("train", "dev")
 BATCHES_PER_PART = 4
 
 
-@dataclass
-class SampleConfig(ModelOptions):
-    """Step 2, first part: responses of the SFT model to the train and dev examples, gold targets among them."""
-
-    model_name_or_path: str = option(
-        "", "The SFT model: step 1's folder model/. Every rank holds it whole.", group="model and data",
-    )
-    pad_token: str = option("", "Pad token where the tokenizer has none: 'eos', or a token of its vocabulary.")
-    data_dir: str = option("", "Folder with train.jsonl and dev.jsonl.")
-    output_dir: str = option("", "Folder that gets samples.jsonl.")
-    resume: bool = option(False, "Go on with the parts that a killed run left out.")
-    overwrite: bool = option(False, "Replace the samples that output_dir holds.")
-    seed: int = option(0, "Seed of the choice of examples, the responses and the corruptions.")
-    prompt_template: str = option("plain", "The template of step 1.", group="prompts and responses")
-    num_queries: int = option(3, "Queries a response, as in step 1.")
-    max_prompt_tokens: int = option(512, "Token budget of a prompt, as in step 1.")
-    max_response_tokens: int = option(64, "A response is cut off here; it then counts as not finished.")
-    samples_per_prompt: int = option(1, "Sampled responses an example.", group="what is sampled")
-    temperature: float = option(1.0, "1 samples the model itself, which is what step 3 will see.")
-    gold: bool = option(True, "Also write the true next queries, as a response of origin 'gold'.")
-    corrupt_share: float = option(
-        0.0, "Share of examples with one more response, a sampled one made worse: words repeated, swapped, or a line."
-    )
-    max_train_examples: int = option(0, "Take this many train examples, drawn at random; 0 takes all.")
-    max_dev_examples: int = option(0, "Take this many dev examples, drawn at random; 0 takes all.")
-    batch_size: int = option(32, "Responses a rank decodes at once.")
-
-
 def main() -> None:
     """Write `<output_dir>/samples.jsonl`."""
-    config = parse_config(SampleConfig)
+    config = settle_dtype(parse_config(SampleConfig))
     check_config(config)
     device = distributed.start()
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, config.pad_token)
@@ -90,20 +64,6 @@ def main() -> None:
             write_jsonl(path, sample_part(parts[number], number, model, builder, config))
     distributed.barrier()
     distributed.on_main_first(lambda: merge(output, len(parts)))
-
-
-def check_config(config: SampleConfig) -> None:
-    """Raise `InputError` for settings that cannot work, before anything is loaded."""
-    for name in ("model_name_or_path", "data_dir", "output_dir"):
-        if not getattr(config, name):
-            raise InputError(f"--{name} is missing")
-    for name in ("num_queries", "max_prompt_tokens", "max_response_tokens", "batch_size", "samples_per_prompt"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} must be 1 or more, not {getattr(config, name)}")
-    if config.temperature <= 0:
-        raise InputError(f"--temperature must be above 0, not {config.temperature}: samples are to differ")
-    if not 0 <= config.corrupt_share <= 1:
-        raise InputError(f"--corrupt_share is a share of the examples, 0 to 1, not {config.corrupt_share}")
 
 
 def choose_examples(config: SampleConfig) -> list[Example]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from common.config import LoraOptions, ModelOptions, OptimizerOptions, RunOptions, ZeroOptions, option
-from common.engine.adapters import check_adapters, check_dora
+from common.engine.adapter_options import check_adapters, check_dora
 from common.errors import InputError
-from common.feedback.load import ANNOTATORS, OWN, check_annotator_name
+from common.feedback.names import ANNOTATORS, OWN, check_annotator_name
 
 DORA_NEEDS_WHOLE_WEIGHTS = (
     "--lora_dora needs whole weights in a rollout (--hybrid_weights gathered): peft reads its matrices for the norms, "

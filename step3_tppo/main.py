@@ -24,6 +24,7 @@ from common.engine.environment import write_environment
 from common.errors import InputError, run_rank_command
 from common.feedback.load import load_annotator
 from common.files import claim_output_dir, write_json
+from common.models.kernels import settle_dtype
 from common.models.loading import check_machine, load_tokenizer
 from common.pages.drawing import draw_or_tell
 from common.pages.report import PAGE_NAME, write_report
@@ -46,7 +47,7 @@ MAY_DIFFER_ON_RESUME = frozenset(
 def main() -> None:
     """Parse, load, train, save."""
     begun = time.perf_counter()
-    config = parse_config(Step3Config)
+    config = settle_dtype(parse_config(Step3Config))
     device = distributed.start()
     config.validate(distributed.world_size())
     check_machine(config.actor_path, config, config.quantize)

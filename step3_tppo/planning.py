@@ -14,7 +14,7 @@ from common.engine.memory import WeightMode, cache_bytes, free_bytes, mode_that_
 from common.errors import InputError, one_line
 from common.files import read_json
 from common.models.loading import has_attention
-from common.models.reward_encoder import RewardInputOptions
+from common.models.reward_options import RewardInputOptions
 from common.models.sequences import without_wrapper
 from common.models.token_reward import SETTINGS_NAME, token_classifier_skeleton
 from common.planning.advice import Change, advice_line, advise, common_changes, halvings, last_changes, slow_changes

@@ -25,6 +25,7 @@ from common.evaluation.summary import MEASURES, Row, measure_table, score_rows
 from common.feedback.annotator import normalised_words
 from common.feedback.load import load_annotator
 from common.files import write_json
+from common.models.kernels import settle_dtype
 from common.models.loading import load_causal_lm
 from common.models.sequences import SequenceBatch, pad_sequences, response_scores
 from common.text import split_queries
@@ -57,7 +58,7 @@ class MeasureConfig(ModelOptions):
 
 def main() -> None:
     """Generate, judge, write the record."""
-    config = parse_config(MeasureConfig)
+    config = settle_dtype(parse_config(MeasureConfig))
     if not config.output or not config.data_dir or bool(config.model) == bool(config.control):
         raise InputError("--output, --data_dir and one of --model and --control are needed")
     examples = load_examples(config.data_dir, config.split)[: config.max_examples or None]

@@ -23,7 +23,8 @@ from common.models.loading import (
     save_model_folder,
     without_dropout,
 )
-from common.models.reward_encoder import RewardEncoder, RewardInputOptions
+from common.models.reward_encoder import RewardEncoder
+from common.models.reward_options import RewardInputOptions
 from common.models.token_reward import SETTINGS_NAME, load_token_reward_model, token_classifier_skeleton
 from common.models.value_model import VALUE_HEAD_NAME
 from common.tracking import read_metrics

@@ -25,8 +25,8 @@ from step1_sft.config import SftConfig
 from step1_sft.config import check_config as check_sft
 from step2_token_reward.config import Step2Config
 from step2_token_reward.config import check_config as check_reward
-from step2_token_reward.sample import SampleConfig
-from step2_token_reward.sample import check_config as check_sample
+from step2_token_reward.sample_config import SampleConfig
+from step2_token_reward.sample_config import check_config as check_sample
 from step3_tppo.config import Step3Config
 from tests.distributed.ranks import run_on_ranks
 from tests.families import ACTORS, REWARDS, Family, flags, run_steps, save_family, write_data

@@ -16,7 +16,8 @@ from common.files import write_jsonl
 from common.text import split_queries, split_words
 from step2_token_reward import sample
 from step2_token_reward.corruptions import corrupt, duplicate_line, repeat_word, swap_words
-from step2_token_reward.sample import SampleConfig, check_config, choose_examples, main
+from step2_token_reward.sample import choose_examples, main
+from step2_token_reward.sample_config import SampleConfig, check_config
 from tests.distributed.ranks import run_on_ranks
 from tests.tiny_models import ordinary_tokenizer, tiny_llama
 

@@ -25,7 +25,7 @@ from common.engine.trainer import (
     remove_incomplete_checkpoints,
     run_callbacks,
 )
-from common.engine.trainer_options import training_arguments
+from common.engine.training_arguments import training_arguments
 from common.errors import InputError, Preempted, TrainingDiverged
 from common.models.loading import apply_lora
 from step1_sft.config import SftConfig, check_config

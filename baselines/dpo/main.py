@@ -16,10 +16,11 @@ from common.config import parse_config
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
 from common.engine.trainer import newest_checkpoint, prepare_to_load, run_callbacks
-from common.engine.trainer_options import prepare_output, training_arguments
+from common.engine.training_arguments import prepare_output, training_arguments
 from common.engine.watchdog import Watchdog
 from common.errors import run_rank_command
 from common.feedback.labels import read_labels
+from common.models.kernels import settle_dtype
 from common.models.loading import (
     check_machine,
     check_vocabulary,
@@ -33,7 +34,7 @@ from common.models.loading import (
 
 def main() -> None:
     """Tune `model_name_or_path` on preference pairs; write `<output_dir>/model`."""
-    config = parse_config(DpoConfig)
+    config = settle_dtype(parse_config(DpoConfig))
     check_config(config)
     check_machine(config.model_name_or_path, config)
     device = distributed.start()

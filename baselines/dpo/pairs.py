@@ -12,7 +12,7 @@ from common.data.prompts import PromptBuilder
 from common.errors import InputError
 from common.feedback.annotator import Annotation
 from common.feedback.labels import sample_item
-from common.models.reward_losses import MAX_SCORE
+from common.models.reward_options import MAX_SCORE
 from common.models.sequences import pad_sequences
 from common.text import normalise, split_queries
 from common.tracking import progress

@@ -43,8 +43,10 @@ from common.evaluation.summary import (
 from common.feedback.annotator import Annotator, BatchAnnotator
 from common.feedback.llm.annotator import LLMAnnotator
 from common.feedback.llm.options import EndpointOptions
-from common.feedback.load import ANNOTATORS, LLM, LLM_TEMPLATE, OWN, check_annotator_name, open_annotator
+from common.feedback.load import open_annotator
+from common.feedback.names import ANNOTATORS, LLM, LLM_TEMPLATE, OWN, check_annotator_name
 from common.files import atomic_write, read_json, write_json, write_jsonl
+from common.models.kernels import settle_dtype
 
 REPORT_NAME = "report.json"
 GOLD = "gold"
@@ -94,7 +96,7 @@ class EvaluateConfig(EndpointOptions, ModelOptions):
 def main() -> None:
     """The command."""
     started = time.perf_counter()
-    config = parse_config(EvaluateConfig)
+    config = settle_dtype(parse_config(EvaluateConfig))
     systems = parse_systems(config.systems)
     check_config(config)
     timings = read_timings(config.timings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,13 +15,9 @@ from common.feedback.llm.client import Meter
 from common.feedback.llm.model import LanguageModel
 from common.feedback.llm.options import EndpointOptions, check_endpoint
 from common.feedback.llm.prompts import load_template
+from common.feedback.names import ANNOTATORS, LLM, OWN, is_own
 from common.feedback.own import OwnAnnotator
 from common.feedback.simulated import SimulatedAnnotator
-
-ANNOTATORS = ("simulated", "lexical")
-LLM = "llm"
-LLM_TEMPLATE = "label_words_v1"
-OWN = "FILE.py:FUNCTION"
 
 
 def load_annotator(name: str, *, truth_path: str = "", word_error_rate: float = 0.0, seed: int = 0) -> Annotator:
@@ -41,18 +37,6 @@ def load_annotator(name: str, *, truth_path: str = "", word_error_rate: float = 
         _refuse_truth(name, truth_path, word_error_rate)
         return OwnAnnotator(name)
     raise InputError(f"annotator {name!r} is none of {', '.join(ANNOTATORS)}, nor of the form {OWN}")
-
-
-def is_own(name: str) -> bool:
-    """Whether `name` has the form of an annotator of the user's own, `FILE.py:FUNCTION`."""
-    file, _, function = name.rpartition(":")
-    return file.endswith(".py") and function.isidentifier()
-
-
-def check_annotator_name(name: str, flag: str, *, known: Collection[str]) -> None:
-    """Raise `InputError` unless `name` is one of `known` or of the form `FILE.py:FUNCTION`; opens nothing."""
-    if name not in known and not is_own(name):
-        raise InputError(f"--{flag} {name!r} is none of {', '.join(filter(None, known))}, nor of the form {OWN}")
 
 
 @contextmanager

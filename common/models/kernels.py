@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
+from common.config import ModelOptions
 from common.errors import InputError
+
+Options = TypeVar("Options", bound=ModelOptions)
 
 # Losses of our own are made of logits, which Liger's fused losses would keep from us.
 LIGER_PARTS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+
+
+def settle_dtype(options: Options) -> Options:
+    """`options` with the precision that `--dtype auto` stands for on this machine; every command does this first."""
+    if options.dtype != "auto":
+        return options
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return dataclasses.replace(options, dtype="bf16" if has_bf16 else "fp32")
 
 
 def check_attention(implementation: str, dtype: str) -> None:

@@ -25,11 +25,11 @@ from common.config import LoraOptions, ModelOptions
 from common.data.prompt_settings import save_prompt_settings, serving_tokenizer
 from common.data.prompts import PromptBuilder
 from common.errors import InputError
-from common.models.kernels import apply_liger, check_attention, check_liger, check_liger_family
+from common.models.kernels import apply_liger, check_attention, check_liger, check_liger_family, settle_dtype
 from common.models.quantization import check_quantization, is_packed, quantization_config, unpacked_state
 
 ADAPTER_FOLDER = "adapter"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": "auto"}  # auto: as the folder says
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False, pad_token: str = "") -> PreTrainedTokenizerBase:
@@ -144,7 +144,7 @@ def load_causal_lm(
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
-            dtype=DTYPES[options.dtype],
+            dtype=DTYPES[settle_dtype(options).dtype],
             attn_implementation=options.attn_implementation,
             trust_remote_code=options.trust_remote_code,
             quantization_config=quantization_config(quantize),

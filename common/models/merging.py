@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -13,7 +14,13 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from common.config import ModelOptions, option, parse_config
 from common.data.prompt_settings import SETTINGS_NAME, load_prompt_settings
 from common.errors import InputError, one_line
-from common.models.loading import ADAPTER_FOLDER, load_causal_lm, load_tokenizer, save_model_folder
+from common.models.loading import (
+    ADAPTER_FOLDER,
+    load_causal_lm,
+    load_model_config,
+    load_tokenizer,
+    save_model_folder,
+)
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -63,6 +70,11 @@ def base_of(folder: Path) -> str:
     return base
 
 
+def stored_dtype(base: str) -> str:
+    """The precision in which the weights at `base` are stored, where this project computes in it; else fp32."""
+    return "bf16" if load_model_config(base).dtype == torch.bfloat16 else "fp32"
+
+
 def merge(folder: Path, base: str, output: str | Path, dtype: str = "auto") -> Path:
     """Write the model at `base` with the adapters in `folder` added to `output`, which appears whole or not at all.
 
@@ -71,7 +83,7 @@ def merge(folder: Path, base: str, output: str | Path, dtype: str = "auto") -> P
     """
     source = str(folder) if (folder / "tokenizer_config.json").is_file() else base
     tokenizer = load_tokenizer(source)
-    model = load_causal_lm(base, ModelOptions(dtype=dtype))
+    model = load_causal_lm(base, ModelOptions(dtype=stored_dtype(base) if dtype == "auto" else dtype))
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError) as error:

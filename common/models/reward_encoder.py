@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,20 +16,11 @@ from common.data.prompts import PromptBuilder
 from common.data.records import Event
 from common.errors import InputError
 from common.models.loading import check_vocabulary
+from common.models.reward_options import RewardInputOptions
 from common.models.sequences import accepts
 from common.text import Word, split_words
 
 _NO_SPAN: Span = (0.0, 0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class RewardInputOptions:
-    """How a history is rendered for the reward model, and how many of its tokens history and response may have."""
-
-    prompt_template: str
-    num_queries: int
-    max_prompt_tokens: int
-    max_response_tokens: int
 
 
 class TokenSequence(NamedTuple):

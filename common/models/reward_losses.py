@@ -20,11 +20,8 @@ from torch import Tensor
 
 from common.alignment import IGNORE_LABEL, NO_LINE
 from common.errors import InputError
+from common.models.reward_options import MAX_SCORE, NUM_CLASSES
 
-NUM_CLASSES = 3
-MAX_SCORE = NUM_CLASSES - 1
-# Outputs a token by what the model judges: words, or queries alone.
-HEAD_OUTPUTS = {"token": NUM_CLASSES, "sentence": 1}
 # Far below any class weight: it only keeps 0/0 of a step without data at 0.
 _SMALLEST_DENOMINATOR = 1e-12
 

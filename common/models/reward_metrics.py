@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import rankdata, spearmanr
 
 from common.feedback.annotator import RELEVANT_FROM
-from common.models.reward_losses import MAX_SCORE, NUM_CLASSES
+from common.models.reward_options import MAX_SCORE, NUM_CLASSES
 
 
 def one_vs_rest_auc(scores: np.ndarray, positive: np.ndarray) -> float:

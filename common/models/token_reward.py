@@ -23,11 +23,12 @@ from common.data.prompts import CHAT, TEMPLATE_DIR
 from common.data.records import Event
 from common.errors import InputError, TrainingDiverged, one_line
 from common.files import read_json, write_json
-from common.models.kernels import apply_liger
+from common.models.kernels import apply_liger, settle_dtype
 from common.models.loading import DTYPES, check_machine, load_fast_tokenizer, load_model_config
 from common.models.query_score import QueryRule, compose_query_scores
-from common.models.reward_encoder import EncodedResponse, RewardEncoder, RewardInputOptions
-from common.models.reward_losses import MAX_SCORE, judges_words, predicted_sentences, without_class_weights
+from common.models.reward_encoder import EncodedResponse, RewardEncoder
+from common.models.reward_losses import judges_words, predicted_sentences, without_class_weights
+from common.models.reward_options import MAX_SCORE, RewardInputOptions
 from common.text import split_queries
 
 SETTINGS_NAME = "token_reward.json"
@@ -149,7 +150,7 @@ def load_token_reward_model(
         model, report = AutoModelForTokenClassification.from_pretrained(
             path,
             config=config,
-            dtype=DTYPES[options.dtype],
+            dtype=DTYPES[settle_dtype(options).dtype],
             attn_implementation=options.attn_implementation,
             trust_remote_code=options.trust_remote_code,
             ignore_mismatched_sizes=True,  # a head of other classes gives way to ours; checked below

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification
 
 from common.config import LoraOptions, ModelOptions
+from common.models.kernels import settle_dtype
 from common.models.loading import DTYPES, apply_lora, load_model_config
 from common.models.sequences import without_wrapper
 from common.models.token_reward import output_names
@@ -47,7 +48,7 @@ class ModelSpec:
         if lora is not None:
             settings |= {"lora_r": lora.lora_r, "lora_target_modules": lora.lora_target_modules}
         return cls(
-            path, kind, options.dtype, options.attn_implementation == "eager", options.gradient_checkpointing,
+            path, kind, settle_dtype(options).dtype, options.attn_implementation == "eager", options.gradient_checkpointing,
             options.trust_remote_code, **settings,
         )
 

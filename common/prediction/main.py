@@ -9,6 +9,7 @@ from common.config import parse_config
 from common.data.prompt_settings import PromptSettings, load_prompt_settings
 from common.data.records import Event
 from common.generation.sampling import Sampling
+from common.models.kernels import settle_dtype
 from common.prediction.batch import open_partial, predict_file
 from common.prediction.config import PredictConfig, check_config, sampling_options
 from common.prediction.dialogue import run_dialogue
@@ -19,7 +20,7 @@ from common.prediction.terminal import colour_depth
 
 def main() -> None:
     """Read, load, predict, write."""
-    config = parse_config(PredictConfig)
+    config = settle_dtype(parse_config(PredictConfig))
     check_config(config)
     settings = load_prompt_settings(
         config.model, config.prompt_template, config.num_queries, config.max_prompt_tokens

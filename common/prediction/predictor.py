@@ -19,7 +19,7 @@ from common.data.records import Event
 from common.generation.generate import Generated, generate_responses
 from common.generation.sampling import Sampling
 from common.models.loading import check_lengths, check_vocabulary, load_causal_lm, load_model_config, load_tokenizer
-from common.models.reward_losses import MAX_SCORE
+from common.models.reward_options import MAX_SCORE
 from common.models.token_reward import TokenRewardModel, load_token_reward_scorer
 from common.text import Word, split_queries, split_words
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from common.engine.adapters import check_adapters, check_dora
+from common.engine.adapter_options import check_adapters, check_dora
 from common.errors import InputError
 from step1_sft.config import SftConfig
 

@@ -12,7 +12,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.engine import environment as noted
 from common.engine.environment import environment, write_environment
-from common.engine.trainer_options import TrainerOptions, training_arguments
+from common.engine.trainer_options import TrainerOptions
+from common.engine.training_arguments import training_arguments
 from common.files import read_json
 from step1_sft.config import SftConfig
 

@@ -14,7 +14,8 @@ from common.data.records import Event
 from common.errors import InputError
 from common.feedback.annotator import FeedbackItem
 from common.feedback.llm.options import EndpointOptions
-from common.feedback.load import check_annotator_name, load_annotator, open_annotator
+from common.feedback.load import load_annotator, open_annotator
+from common.feedback.names import check_annotator_name
 from common.feedback.own import OwnAnnotator
 from common.files import write_jsonl
 from step2_token_reward.label import main

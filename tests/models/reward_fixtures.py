@@ -25,7 +25,7 @@ from transformers import (
 
 from common.config import ModelOptions
 from common.data.records import Event
-from common.models.reward_encoder import RewardInputOptions
+from common.models.reward_options import RewardInputOptions
 from tests.tokenizer_factory import byte_level, sentencepiece_bpe, word_piece
 
 EAGER = ModelOptions(attn_implementation="eager")

@@ -12,7 +12,7 @@ from common.config import LoraOptions, ModelOptions
 from common.data.prompts import PromptBuilder
 from common.data.records import Event
 from common.models.loading import apply_lora, load_causal_lm, save_model_folder
-from common.models.reward_encoder import RewardInputOptions
+from common.models.reward_options import RewardInputOptions
 from common.models.token_reward import load_token_reward_model, save_token_reward_model
 from tests.tiny_models import ordinary_tokenizer, tiny_llama
 

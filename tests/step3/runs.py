@@ -21,7 +21,7 @@ from common.data.records import Event, Example
 from common.errors import run_command
 from common.files import write_jsonl
 from common.models.loading import save_model_folder
-from common.models.reward_encoder import RewardInputOptions
+from common.models.reward_options import RewardInputOptions
 from common.models.token_reward import load_token_reward_model, save_token_reward_model
 from step3_tppo.main import main
 from tests.distributed.ranks import run_on_ranks

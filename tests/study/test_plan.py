@@ -12,7 +12,7 @@ from common.config import parse_config
 from step1_sft.config import SftConfig
 from step2_token_reward.config import Step2Config
 from step2_token_reward.label import LabelConfig
-from step2_token_reward.sample import SampleConfig
+from step2_token_reward.sample_config import SampleConfig
 from step3_tppo.config import Step3Config
 from study.jobs import Job
 from study.measure import MeasureConfig

@@ -14,7 +14,8 @@ from common.data.records import Event
 from common.errors import InputError, run_command
 from common.feedback.annotator import Annotation, FeedbackItem, Unlabelled, words_by_query
 from common.feedback.llm.options import EndpointOptions
-from common.feedback.load import LLM, LLM_TEMPLATE, open_annotator
+from common.feedback.load import open_annotator
+from common.feedback.names import LLM, LLM_TEMPLATE
 
 ITEM = FeedbackItem(
     "check", "nobody",
