@@ -24,10 +24,11 @@ class GroupedParser(HfArgumentParser):
         self._titles = field_groups(config_class)
         super().__init__(
             config_class, allow_abbrev=False, description=config_class.__doc__, formatter_class=_Formatter,
-            usage="%(prog)s [--config FILE.yaml] [--setting value ...]",
+            usage="%(prog)s [--config FILE.yaml ...] [--setting value ...]",
         )  # fmt: skip
         self.add_argument(
-            "--config", metavar="FILE.yaml", help="YAML file with any of the keys below; flags win over it."
+            "--config", metavar="FILE.yaml", nargs="+",
+            help="YAML files with any of the keys below; a later file wins over those before it, flags over all.",
         )
         # common.errors.run_command takes it out of the arguments, so that it is here to be shown.
         self.add_argument(DEBUG_FLAG, action="store_true", help="Show the traceback of an error too.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -86,7 +87,9 @@ class ZeroOptions:
 
 
 def parse_config(config_class: type[Config], argv: list[str] | None = None) -> Config:
-    """Fill `config_class` from `--config FILE.yaml` and then from flags; a later source wins.
+    """Fill `config_class` from `--config FILE.yaml [FILE.yaml ...]` and then from flags; a later source wins.
+
+    A second `--config` replaces the first, as a second value of any flag does.
 
     Unknown keys and flags, wrong types and wrong choices raise `InputError` and name the nearest known key.
     YAML values pass through the same conversion as flags, so `1e-4` is a number in both.
@@ -115,18 +118,31 @@ class _Parser(GroupedParser):
 
 def _yaml_tokens(argv: list[str], known: list[str]) -> list[str]:
     """The YAML file's entries as command-line tokens, to be put before the user's own."""
-    paths = [argv[i + 1] for i, token in enumerate(argv[:-1]) if token == "--config"]
-    paths += [token.split("=", 1)[1] for token in argv if token.startswith("--config=")]
     tokens: list[str] = []
-    for path in paths:
+    for path in _config_paths(argv):
         for key, value in _read_yaml(path).items():
             if key not in known:
                 raise InputError(f"{path}: unknown key {one_line(repr(key), 80)}{_nearest(str(key), known)}")
             if value is None or value == []:
                 continue
-            values = value if isinstance(value, list) else [value]
-            tokens += [f"--{key}", *map(str, values)] if isinstance(value, list) else [f"--{key}={value}"]
+            tokens += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={_flag_value(value)}"]
     return tokens
+
+
+def _config_paths(argv: list[str]) -> list[str]:
+    """The values of the last `--config` on the command line."""
+    paths: list[str] = []
+    for place, token in enumerate(argv):
+        if token == "--config":
+            paths = list(takewhile(lambda value: not value.startswith("--"), argv[place + 1 :]))
+        elif token.startswith("--config="):
+            paths = [token.partition("=")[2]]
+    return paths
+
+
+def _flag_value(value: Any) -> str:
+    """A YAML value as a flag's: booleans are written as flags write them."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _read_yaml(path: str) -> dict:

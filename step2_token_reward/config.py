@@ -20,7 +20,10 @@ class Step2Config(TrainerOptions):
         "", "Encoder: a folder or hub name, any model with a token classifier (Longformer in the paper) or step 1's.",
         group="model and data",
     )
-    bidirectional: bool = option(False, "Let a decoder read both ways; encoders do so anyway.")
+    bidirectional: str = option(
+        "auto", "Let a decoder read both ways, or each word is judged without those after it; auto: a decoder does. "
+        "Encoders do so anyway.", choices=["auto", "true", "false"],
+    )
     samples: str = option("", "The labelled responses: samples.jsonl, written by sample.py.")
     labels: str = option("", "Their labels: labels.jsonl, written by label.py.")
     prompt_template: str = option(

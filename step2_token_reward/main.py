@@ -27,6 +27,7 @@ from common.models.reward_losses import inverse_class_frequency
 from common.models.token_reward import (
     load_token_reward_model,
     reads_both_ways,
+    reads_causally,
     save_token_reward_model,
     token_classifier_skeleton,
 )
@@ -54,7 +55,8 @@ def main() -> None:
     checkpoint = newest_checkpoint(args.output_dir)
     prepare_to_load(checkpoint, args)
 
-    model = load_token_reward_model(config.model_name_or_path, config, config.bidirectional, config.heads)
+    bidirectional = config.bidirectional == "true" or (config.bidirectional == "auto" and reads_causally(skeleton))
+    model = load_token_reward_model(config.model_name_or_path, config, bidirectional, config.heads)
     encoder = RewardEncoder(tokenizer, config.inputs, model)
     data = build_data(labelled, encoder)
     class_weights = config.class_weights or inverse_class_frequency(data.class_counts)

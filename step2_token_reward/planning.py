@@ -13,8 +13,8 @@ from step2_token_reward.config import Step2Config
 def plan_step2(config: Step2Config, machine: Machine) -> Plan:
     """The plan of training the reward model. Raises `InputError` for a configuration that cannot be read."""
     spec = ModelSpec.of(
-        config.model_name_or_path, "token_classifier", config, heads=config.heads, bidirectional=config.bidirectional,
-        zero3=zero_stage(config) == 3,
+        config.model_name_or_path, "token_classifier", config, heads=config.heads,
+        bidirectional=config.bidirectional != "false", zero3=zero_stage(config) == 3,
     )
     tokens, rows = config.max_prompt_tokens + config.max_response_tokens, config.per_device_train_batch_size
     update = training_pass(

@@ -165,7 +165,8 @@ def tppo_flags(inputs: Path, actor: Path, reward: Path, output: Path, kernel: st
 
 def flags(settings: dict[str, Any], **more: Any) -> list[str]:
     """A command's arguments."""
-    return [f"--{name}={value}" for name, value in (settings | more).items()]
+    values = (settings | more).items()
+    return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values]
 
 
 def run_steps(rank: int, world_size: int, steps: list[tuple[str, list[str]]]) -> list[str]:

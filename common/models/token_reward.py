@@ -250,9 +250,18 @@ def _check_trunk(path: str, model: PreTrainedModel, report: dict[str, Any]) -> N
         )
 
 
+def reads_causally(model: PreTrainedModel) -> bool:
+    """Whether `model` is a decoder: its attention modules are causal. Weights may be without storage."""
+    return bool(_causal_modules(model))
+
+
+def _causal_modules(model: PreTrainedModel) -> list[nn.Module]:
+    return [module for module in model.modules() if getattr(module, "is_causal", None) is True]
+
+
 def _switch_off_causality(path: str, model: PreTrainedModel) -> None:
     """Tell each attention module what the configuration tells the mask: some kernels ask the module."""
-    causal = [module for module in model.modules() if getattr(module, "is_causal", None) is True]
+    causal = _causal_modules(model)
     if not causal:
         raise InputError(
             f"{path}: {type(model).__name__} has no causal attention that could be switched off; --bidirectional is "

@@ -48,8 +48,8 @@ class ModelSpec:
         if lora is not None:
             settings |= {"lora_r": lora.lora_r, "lora_target_modules": lora.lora_target_modules}
         return cls(
-            path, kind, settle_dtype(options).dtype, options.attn_implementation == "eager", options.gradient_checkpointing,
-            options.trust_remote_code, **settings,
+            path, kind, settle_dtype(options).dtype, options.attn_implementation == "eager",
+            options.gradient_checkpointing, options.trust_remote_code, **settings,
         )
 
 

@@ -196,7 +196,7 @@ def test_adapters_of_llama_70b_fit_eight_gpus_that_its_states_would_not(tmp_path
 def test_smaller_batches_and_checkpointing_lower_the_peaks_of_steps_1_and_2(tiny: str) -> None:
     settings = {"model_name_or_path": tiny, "per_device_train_batch_size": 16, "zero_stage": 0}
     for make_plan, config in (
-        (plan_step1, SftConfig(**settings)), (plan_step2, Step2Config(bidirectional=True, **settings))
+        (plan_step1, SftConfig(**settings)), (plan_step2, Step2Config(bidirectional="true", **settings))
     ):  # fmt: skip
         machine = Machine(2, 10 * MIB)
         plan = make_plan(config, machine)
