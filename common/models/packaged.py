@@ -36,6 +36,8 @@ MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
 )
+# ValueError: a portal between here and the hub answered with a page.
+NO_HUB = (HTTPError, OSError, ValueError)
 ALWAYS_THERE = ("config.json", "model.safetensors", "tokenizer.json")
 
 
@@ -90,7 +92,8 @@ def model_folder(name: str) -> str:
     """The folder of the model with this short name; a name that is not in `PACKAGED_MODELS` is returned unchanged.
 
     The first that there is: the folder that an earlier call made of the package, the hub's snapshot, the package.
-    Where the model comes from goes to stderr. Raises `InputError` when neither the hub nor the package can be had.
+    Prints to stderr where the model comes from and where it lies. Raises `InputError` when neither the hub nor the
+    package can be had.
     """
     if name not in PACKAGED_MODELS:
         return name
@@ -130,17 +133,17 @@ def hub_snapshot(hub_name: str) -> str:
     """The hub's model in the hub's own cache, without files that transformers does not read.
 
     The hub gets `HUB_SECONDS` for a first answer: its client would wait without limit. Where it does not answer, or
-    HF_HUB_OFFLINE forbids to ask, a whole snapshot from before will do. Raises `OSError`.
+    HF_HUB_OFFLINE forbids asking, a whole snapshot from before will do. Raises `OSError`.
     """
     unreachable: Exception | None = None
     try:
         HfApi().model_info(hub_name, timeout=HUB_SECONDS)
-    except (HTTPError, OSError) as error:
+    except NO_HUB as error:
         unreachable = error
     patterns = list(MODEL_FILES)
     try:
         folder = snapshot_download(hub_name, allow_patterns=patterns, local_files_only=unreachable is not None)
-    except (HTTPError, OSError) as error:
+    except NO_HUB as error:
         raise OSError(one_line(unreachable or error)) from error
     # Whoever loaded a tokenizer alone left a snapshot too.
     missing = [name for name in ALWAYS_THERE if not Path(folder, name).exists()]

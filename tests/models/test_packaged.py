@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,21 @@ def test_a_silent_hub_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
     assert time.monotonic() - start < 10
 
 
+def test_a_portal_that_answers_with_a_page_is_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Portal(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>Please sign in</html>")
+
+    with HTTPServer(("127.0.0.1", 0), Portal) as portal:
+        threading.Thread(target=portal.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{portal.server_port}")
+        with pytest.raises(OSError, match="Expecting value"):
+            packaged.hub_snapshot("nobody/tiny-model")
+        portal.shutdown()
+
+
 def test_a_whole_snapshot_serves_without_a_hub_and_a_part_does_not(tmp_path: Path) -> None:
     repository = tmp_path / "hub" / "models--nobody--tiny-model"
     snapshot = repository / "snapshots" / "abc"
@@ -230,7 +247,7 @@ def test_smollm2_is_a_language_model_with_its_own_tokenizer(caches: Path) -> Non
     tokens = tokenizer(ENGLISH, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         perplexity = model(input_ids=tokens, labels=tokens).loss.exp().item()
-    assert perplexity < 20, "9 when this was written; random weights have 49,152"
+    assert perplexity < 20, "7.3 when this was written; random weights have 49,152"
 
 
 def test_minilm_is_a_sentence_encoder(caches: Path) -> None:
