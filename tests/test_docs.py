@@ -20,7 +20,11 @@ from step3_tppo.metrics import REWARD_PARTS
 from tests.commands import LAUNCHER, ROOT, SCRIPTS, flags_of, flags_of_script, module_name, modules, source
 
 PAGES = sorted(
-    {page for pattern in ("*.md", "docs/**/*.md", "*/README.md", "benchmarks/*.md") for page in ROOT.glob(pattern)}
+    {
+        page
+        for pattern in ("*.md", "docs/**/*.md", "*/README.md", "benchmarks/*.md", "examples/**/*.md")
+        for page in ROOT.glob(pattern)
+    }
 )
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _INLINE = re.compile(r"`((?:PYTHONPATH=\S+ )?(?:python|bash|torchrun) [^`\n]+)`")

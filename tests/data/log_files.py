@@ -8,6 +8,7 @@ from pathlib import Path
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+SHIPPED = Path(__file__).parents[2] / "examples" / "logs" / "cast_ikat.jsonl"
 
 
 def seconds(text: str) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from common.data import prepare
 from common.data.examples import load_examples
 from common.errors import InputError
-from tests.data.log_files import SHARED
+from tests.data.log_files import SHARED, SHIPPED
 
 ALL_OFF = (
     "--windows 0 --min_chars 0 --max_chars 0 --max_words 0 --no_pii_filter --no_merge_repeats --min_queries 1 "
@@ -169,12 +171,12 @@ def test_quantiles_are_nearest_ranks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("log", "windows"),
-    [("trec_session/sessions", 244), ("searchx_sal/users", 725), ("cast_ikat/conversations", 1333)],
+    ("path", "windows"),
+    [(SHARED / "trec_session/sessions.jsonl", 244), (SHARED / "searchx_sal/users.jsonl", 725), (SHIPPED, 1333)],
+    ids=lambda value: value.stem if isinstance(value, Path) else str(value),
 )
-def test_real_logs(log: str, windows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_logs(path: Path, windows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every rule off, the places for three targets are those that the data's README counts."""
-    path = SHARED / f"{log}.jsonl"
     if not path.is_file():
         pytest.skip("needs the real data in ../shared/data")
     run(monkeypatch, "--log", path, "--output_dir", tmp_path / "all", *ALL_OFF)
@@ -188,3 +190,34 @@ def test_real_logs(log: str, windows: int, tmp_path: Path, monkeypatch: pytest.M
     for example in examples:
         times = [event.ts for event in example.history if event.ts is not None]
         assert times == sorted(times)
+
+
+def test_the_shipped_log_reads_without_flags_and_has_what_its_readme_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, "--log", SHIPPED, "--windows", 0, "--output_dir", tmp_path / "data")
+    report = json.loads((tmp_path / "data" / "data_report.json").read_text())
+    (log,) = report["logs"]
+    assert (log["format"], log["records"], log["bad_lines"]) == ("jsonl", 189, 0)
+    assert log["events"] == {"search": 1900, "click": 0, "purchase": 0, "visit": 0}
+    assert (log["rules"]["max_chars"]["dropped"], log["rules"]["max_words"]["dropped"]) == (363, 3)
+    assert log["rules"]["pii_filter"]["dropped"] == 0
+    assert log["examples"] == {"train": 696, "dev": 99, "test": 178}
+
+    options = ("--max_chars", 500, "--max_words", 100)
+    run(monkeypatch, "--log", SHIPPED, "--windows", 0, "--output_dir", tmp_path / "long", *options)
+    report = json.loads((tmp_path / "long" / "data_report.json").read_text())
+    assert report["logs"][0]["examples"] == {"train": 946, "dev": 123, "test": 264}
+
+    records = [json.loads(line) for line in SHIPPED.read_text(encoding="utf-8").splitlines()]
+    found = Counter(record["split"] for record in records)
+    topics = Counter(split for split, _ in {(record["split"], record["group"]) for record in records})
+    assert (found, topics) == ({"train": 132, "dev": 21, "test": 36}, {"train": 114, "dev": 20, "test": 32})
+    readme = (SHIPPED.parent / "README.md").read_text(encoding="utf-8")
+    assert hashlib.sha256(SHIPPED.read_bytes()).hexdigest() in readme
+
+
+def test_the_shipped_log_carries_the_licenses_of_its_sources() -> None:
+    text = (SHIPPED.parent / "LICENSE.cast_ikat").read_text(encoding="utf-8")
+    assert "(c) 2019 Jeffrey Dalton" in text and "(c) 2023 IRLab Amsterdam" in text
+    assert text.count("The above copyright notice and this permission notice shall be included in all") == 2
