@@ -17,7 +17,7 @@ from common.feedback.annotator import Annotation, FeedbackItem
 from common.feedback.own import OwnAnnotator
 from step2_token_reward.evaluation import METRIC_NAMES
 from step3_tppo.metrics import REWARD_PARTS
-from tests.commands import LAUNCHER, ROOT, SCRIPTS, flags_of, flags_of_script, module_name, modules, source
+from tests.commands import LAUNCHER, PACKAGES, ROOT, SCRIPTS, flags_of, flags_of_script, module_name, modules, source
 
 PAGES = sorted(
     {page for pattern in ("*.md", "docs/**/*.md", "*/README.md", "benchmarks/*.md") for page in ROOT.glob(pattern)}
@@ -136,6 +136,33 @@ def test_a_wrong_command_is_found() -> None:
         assert [found for words in commands(line) if (found := problem_with(words))] == [problem]
     right = "a=1 python step3_tppo/main.py --no_tensorboard --debug; bash scripts/run_all.sh --hostfile h --resume #--x"
     assert [problem_with(words) for words in commands(right)] == [None, None]
+
+
+def cited_sections(text: str) -> list[int]:
+    """The sections of docs/method.md that a text cites. Raises `ValueError` for a citation in any other form."""
+    flat = re.sub(r"\s+(?:# )?", " ", text)
+    found = [int(number) for number in re.findall(r"\bdocs/method\.md, section (\d+)", flat)]
+    loose = re.findall(r"\bmethod, section \d|(?<![\w/(])method\.md|docs/method\.md(?!, section \d|\))", flat)
+    if loose:
+        raise ValueError(f"cite docs/method.md, section N, and not {loose}")
+    return found
+
+
+def test_every_section_of_the_method_that_is_cited_exists() -> None:
+    page = (ROOT / "docs/method.md").read_text(encoding="utf-8")
+    sections = [int(number) for number in re.findall(r"^## (\d+)\. \w", page, re.MULTILINE)]
+    assert sections == list(range(1, len(sections) + 1))
+    files = [path for package in (*PACKAGES, "tests") for path in (ROOT / package).rglob("*.py")]
+    cited = {path: cited_sections(path.read_text(encoding="utf-8")) for path in files if path != Path(__file__)}
+    assert len([path for path, numbers in cited.items() if numbers]) >= 10
+    assert not {path: numbers for path, numbers in cited.items() if set(numbers) - set(sections)}
+
+
+def test_a_citation_in_another_form_is_found() -> None:
+    assert cited_sections("see docs/method.md,\n# section 12; docs/method.md, section 3") == [12, 3]
+    for text in ("method, section 3", "that of method.md;", "docs/method.md says"):
+        with pytest.raises(ValueError, match="cite docs"):
+            cited_sections(text)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if fences(page, "python")], ids=lambda page: page.name)
