@@ -17,7 +17,18 @@ from common.feedback.annotator import Annotation, FeedbackItem
 from common.feedback.own import OwnAnnotator
 from step2_token_reward.evaluation import METRIC_NAMES
 from step3_tppo.metrics import REWARD_PARTS
-from tests.commands import LAUNCHER, PACKAGES, ROOT, SCRIPTS, flags_of, flags_of_script, module_name, modules, source
+from tests.commands import (
+    LAUNCHER,
+    PACKAGES,
+    ROOT,
+    SCRIPTS,
+    config_of,
+    flags_of,
+    flags_of_script,
+    module_name,
+    modules,
+    source,
+)
 
 PAGES = sorted(
     {page for pattern in ("*.md", "docs/**/*.md", "*/README.md", "benchmarks/*.md") for page in ROOT.glob(pattern)}
@@ -208,6 +219,48 @@ def test_curves_that_a_page_names_are_logged(page: str) -> None:
     named = re.findall(r"`(\w+)/(\w+)`", (ROOT / page).read_text(encoding="utf-8"))
     found = {f"{group}/{name}" for group, name in named if group in groups}
     assert len(found) > 5 and not found - logged
+
+
+def stated_defaults(page: Path) -> Iterator[tuple[str, str]]:
+    """Flags and their values in the tables of a page with a column `default`, where a row has as many of both."""
+    in_table = False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            in_table = False
+        elif "default" in cells[1:2]:
+            in_table = True
+        elif in_table:
+            flags = re.findall(r"`--(\w+)[^`]*`", cells[0])
+            values = [re.sub(r" *\(.*\)", "", value.strip()) for value in cells[1].split(",")]
+            if len(flags) == len(values):
+                yield from zip(flags, values, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("page", "module"),
+    [
+        ("step2_token_reward/README.md", "step2_token_reward.main"), ("step3_tppo/README.md", "step3_tppo.main"),
+        ("docs/using_the_model.md", "common.prediction.main"), ("docs/data_formats.md", "common.data.prepare"),
+    ],
+)  # fmt: skip
+def test_defaults_that_a_table_states_are_those_of_the_command(page: str, module: str) -> None:
+    """Numbers, switches and choices; a value in words (`none`, "the actor's") stands for one that is empty."""
+    config = config_of(module)()
+    stated = dict(stated_defaults(ROOT / page))
+    wrong = {}
+    for name, value in stated.items():
+        default = getattr(config, name)
+        if isinstance(default, bool):
+            right = value in (("on", "true") if default else ("off", "false"))
+        elif isinstance(default, int | float):
+            number = re.match(r"[\d.]+(e-?\d+)?", value)
+            right = default == (float(number.group()) if number else 0)
+        else:
+            right = value == default or not default
+        if not right:
+            wrong[name] = (value, default)
+    assert len(stated) >= 6 and not wrong
 
 
 def test_scripts_that_hand_their_flags_on_are_those_that_are_listed() -> None:
