@@ -19,8 +19,11 @@ from common.files import read_json, write_json
 
 ANNOTATORS = ("simulated", "lexical", "llm")
 LLM_ONLY = ("base_url", "annotator_model", "judge_model", "judge_url", "llm_flags")
-# What the outputs of a run are made from: a later command may leave it out, but not change it.
-DEFINING = ("log", "log_format", "model", "reward_model", "annotator", "miniature")
+# What a folder of the run is made from: once that is there, a command may leave the flag out, but not change it.
+MADE_FROM = {
+    "log": "data", "log_format": "data", "model": "data", "miniature": "data",
+    "reward_model": "step2_token_reward", "annotator": "step2_token_reward",
+}  # fmt: skip
 SETTINGS_NAME = "run.json"
 
 EXAMPLES = """examples:
@@ -72,17 +75,16 @@ def parse_options(argv: Sequence[str], step: int | None) -> tuple[PipelineOption
     return PipelineOptions(**vars(known)), rest
 
 
-def settle(options: PipelineOptions) -> PipelineOptions:
-    """`options` with what an earlier command of the same run was given, and with the defaults, all of it checked.
-
-    Raises `InputError`.
-    """
+def settle(options: PipelineOptions, anew: bool = False) -> PipelineOptions:
+    """`options` with what an earlier command of the same run was given, unless it begins `anew`, and with the defaults,
+    all of it checked. Raises `InputError`."""
     _check_given(options)
     run_name = options.run_name or ("log" if options.log else "demo")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_name):
         raise InputError(f"--run_name {run_name!r} may hold letters, digits, . _ - and begins with a letter or digit")
     options = dataclasses.replace(options, run_name=run_name, log=[str(Path(log).resolve()) for log in options.log])
-    options = _with_settings_of_the_run(options)
+    if not anew:
+        options = _with_settings_of_the_run(options)
     real = bool(options.log)
     options = dataclasses.replace(
         options,
@@ -123,7 +125,7 @@ def _with_settings_of_the_run(options: PipelineOptions) -> PipelineOptions:
         given = getattr(options, name)
         if not given:
             changes[name] = value
-        elif name in DEFINING and given != value:
+        elif given != value and name in MADE_FROM and (options.folder / MADE_FROM[name]).exists():
             raise InputError(
                 f"{options.folder} was begun with {_flag(name, value)}, not {_flag(name, given)}; leave the flag out, "
                 "choose another --run_name, or replace the whole run with run_all.sh --overwrite"
@@ -217,7 +219,7 @@ def _parser(step: int | None) -> argparse.ArgumentParser:
     machine = parser.add_argument_group("settings and machine")
     machine.add_argument(
         "--preset", metavar="NAME", default="",
-        help="a file in stepN_*/configs, auto, or none: main.py's defaults (auto: by model and machine, with the reason)",
+        help="a file in stepN_*/configs; auto: by model and machine; none: main.py's defaults (auto)",
     )
     machine.add_argument("--num_gpus", metavar="N", default="", help="GPUs, or CPU ranks without one (all; 2)")
     machine.add_argument("--hostfile", metavar="FILE", default="", help="many machines (scripts/hostfile.example)")
