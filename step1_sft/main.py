@@ -57,6 +57,7 @@ def main() -> None:
     distributed.on_main_first(lambda: prepare_output(config))
     checkpoint = newest_checkpoint(args.output_dir)
     prepare_to_load(checkpoint, args)
+    args.eval_on_start = checkpoint is None  # the base model's perplexity, to compare with
     announce(config, train, dev, checkpoint)
 
     model = load_causal_lm(config.model_name_or_path, config, config.quantize)
