@@ -30,7 +30,7 @@ from common.generation.decode import CountEnded, check_decodable
 from common.generation.generate import Generated, generate_responses
 from common.generation.sampling import Sampling
 from common.models.loading import causal_lm_skeleton, check_lengths, check_vocabulary, load_causal_lm, load_tokenizer
-from common.tracking import progress
+from common.progress import progress
 from step2_token_reward.corruptions import corrupt
 
 SPLITS = ("train", "dev")

@@ -17,7 +17,7 @@ from common.feedback.annotator import Annotator
 from common.generation.generate import Generated
 from common.generation.sampling import Sampling
 from common.models.sequences import SequenceBatch, TokenScores, pad_sequences, response_scores, score_in_blocks
-from common.tracking import phase_progress
+from common.progress import phase_progress
 from step3_tppo.config import Step3Config
 from step3_tppo.losses import k1_kl
 from step3_tppo.models import Models

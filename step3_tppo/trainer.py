@@ -24,7 +24,8 @@ from common.errors import Preempted, TrainingDiverged
 from common.evaluation.summary import Row
 from common.models.sequences import TokenScores, response_scores
 from common.pages.sections import tensorboard_layout
-from common.tracking import Tracker, phase_progress, progress
+from common.progress import phase_progress, progress
+from common.tracking import Tracker
 from step3_tppo.advantages import generalized_advantages, token_discounts, whiten
 from step3_tppo.config import Step3Config
 from step3_tppo.guards import RolloutGuard

@@ -16,7 +16,7 @@ from typing import Any
 from common.engine.distributed import barrier, gather_from_ranks, on_main_first, rank, world_size
 from common.errors import InputError, SaveFailed, one_line
 from common.files import read_json, write_json
-from common.tracking import phase_progress
+from common.progress import phase_progress
 
 MANIFEST = "manifest.json"
 DAMAGED = ".damaged_"

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common import tracking
 from common.config import ModelOptions
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
@@ -16,6 +15,7 @@ from common.errors import InputError
 from common.generation.generate import generate_responses
 from common.generation.sampling import Sampling
 from common.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
+from common.progress import progress as progress_bar
 
 Decoding = Literal["sampled", "greedy"]
 
@@ -58,7 +58,7 @@ def generate_rows(
     prompts = [builder.ids(example.history) for example in examples]
     _check_length(model, max(map(len, prompts), default=0), max_new_tokens)
     sampling = Sampling(max_new_tokens, temperature if decoding == "sampled" else 0.0, samples=samples, seed=seed)
-    with tracking.progress(total=len(prompts) * samples, desc=progress, unit="response") as bar:
+    with progress_bar(total=len(prompts) * samples, desc=progress, unit="response") as bar:
         responses = generate_responses(model, tokenizer, prompts, sampling, batch_size, bar.update)
     return [
         {"id": example.id, "response": response.text, "finished": response.finished, "tokens": len(response.ids)}

@@ -19,7 +19,7 @@ from common.prediction.config import PredictConfig
 from common.prediction.histories import History, Survey
 from common.prediction.partial import PartialOutput
 from common.prediction.predictor import Prediction, Predictor
-from common.tracking import progress
+from common.progress import progress
 
 # Of a part, in responses decoded at once: rows that end make way for others, but only within a part.
 _PART_BATCHES = 4

@@ -15,7 +15,7 @@ from common.prediction.dialogue import run_dialogue
 from common.prediction.histories import read_histories, survey_histories
 from common.prediction.predictor import Prediction, Predictor, load_predictor
 from common.prediction.terminal import colour_depth
-from common.tracking import phase_progress
+from common.progress import phase_progress
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -188,3 +190,15 @@ def test_real_logs(log: str, windows: int, tmp_path: Path, monkeypatch: pytest.M
     for example in examples:
         times = [event.ts for event in example.history if event.ts is not None]
         assert times == sorted(times)
+
+
+def test_a_log_whose_name_the_terminal_lacks_is_prepared(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "журнал.jsonl", {f"u{n}": ["tea", "green tea", "tea pot"] * 3 for n in range(40)})
+    command = ["-m", "common.data.prepare", "--log", str(log), "--output_dir", str(tmp_path / "data"), *ALL_OFF]
+    ended = subprocess.run(
+        [sys.executable, *command], env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, text=True,
+        encoding="latin-1",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "\\u0436\\u0443\\u0440\\u043d\\u0430\\u043b.jsonl: read as jsonl" in ended.stdout
+    assert load_examples(tmp_path / "data", "train")
