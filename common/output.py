@@ -53,13 +53,12 @@ def prepare_output() -> None:
 
 
 def tolerate_characters() -> None:
-    """Have standard output and error write a character that their encoding lacks as an escape, where they would raise.
+    """Have standard output write a character that its encoding lacks as an escape, as standard error does anyway.
 
     A file name in Cyrillic must not end a run whose output goes to a latin-1 terminal, or to a file under LC_ALL=C.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a test or a notebook may have put something else there
-            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a test or a notebook may have put something else there
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def hide_known_noise() -> None:

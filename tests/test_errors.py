@@ -126,13 +126,10 @@ def test_a_process_of_its_own_goes_on_after_a_command() -> None:
     assert run("raise InputError('no')", ranks=1).returncode == 2
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_no_character_ends_a_run(stream: str) -> None:
-    body = f"import sys; print('лог.jsonl \\udcff', file=sys.{stream}); print('went on', file=sys.{stream})"
-    for encoding in ("latin-1", "ascii", "ascii:strict", "utf-8"):
-        ended = run(body, ranks=2, PYTHONIOENCODING=encoding)
-        assert ended.returncode == 0, ended.stderr
-        name = "лог" if encoding == "utf-8" else "\\u043b\\u043e\\u0433"
-        assert f"{name}.jsonl \\udcff\nwent on\n" in getattr(ended, stream)
-    ended = run("raise InputError('нет файла')", ranks=1, PYTHONIOENCODING="ascii:strict")
-    assert (ended.returncode, ended.stderr) == (2, "error: \\u043d\\u0435\\u0442 \\u0444\\u0430\\u0439\\u043b\\u0430\n")
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii:strict", "utf-8"])
+def test_no_character_ends_a_run(encoding: str) -> None:
+    """Nor does a byte of a file name that is no text."""
+    ended = run("print('лог.jsonl \\udcff'); print('went on')", ranks=2, PYTHONIOENCODING=encoding)
+    assert ended.returncode == 0, ended.stderr
+    name = "лог" if encoding == "utf-8" else "\\u043b\\u043e\\u0433"
+    assert f"{name}.jsonl \\udcff\nwent on\n" in ended.stdout
