@@ -14,6 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from common.output import prepare_output
+
 DEBUG_FLAG = "--debug"
 RUN_CONFIG_NAME = "run_config.json"  # marks a folder as one run's
 
@@ -58,6 +60,7 @@ def run_command(main: Callable[[], None]) -> None:
 
     Ranks other than the first say which they are: most errors are every rank's, but some are one rank's alone.
     """
+    prepare_output()
     debug = DEBUG_FLAG in sys.argv[1:] or os.environ.get("TPPO_DEBUG", "") not in ("", "0")
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != DEBUG_FLAG]
     rank = os.environ.get("RANK", "0")

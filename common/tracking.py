@@ -1,31 +1,18 @@
-"""What a run tells while it runs: TensorBoard, the same scalars in a JSONL file, progress bars on rank 0."""
+"""What a run records while it runs: TensorBoard, and the same scalars in a JSONL file."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from common.files import atomic_write, only_mine, read_jsonl
-
-Item = TypeVar("Item")
-
-
-def is_main_process() -> bool:
-    """Whether this process is rank 0 (or the only one), from the launcher's environment."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def progress(items: Iterable[Item] | None = None, *, total: int | None = None, desc: str, initial: int = 0) -> tqdm:
-    """A tqdm bar that only rank 0 shows."""
-    return tqdm(items, total=total, desc=desc, initial=initial, disable=not is_main_process(), dynamic_ncols=True)
+from common.progress import is_main_process
 
 
 class StepFile:

@@ -70,7 +70,8 @@ launch() {
     esac
     # Ranks are read from the environment, so that flags are the user's alone. In the background, because bash handles
     # signals only between commands.
-    "${launcher[@]}" --no_local_rank "$script" "${flags[@]}" &
+    # The launcher repeats the command once a rank; of its own lines only errors are shown.
+    "${launcher[@]}" --log_level error --no_local_rank "$script" "${flags[@]}" &
     local job=$! status=0
     trap 'signal_ranks "$job" "$script"' TERM USR1
     trap 'kill -TERM "$job" 2>/dev/null || true' INT

@@ -12,7 +12,7 @@ from common.alignment import IGNORE_LABEL
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.errors import InputError
-from common.tracking import progress
+from common.progress import progress
 
 
 class Row(TypedDict):

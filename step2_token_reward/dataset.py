@@ -17,7 +17,7 @@ from common.feedback.labels import sample_item
 from common.models.reward_encoder import EncodedResponse, RewardEncoder, TokenSequence, pad_right
 from common.models.reward_options import MAX_SCORE, NUM_CLASSES
 from common.models.token_reward import query_index
-from common.tracking import progress
+from common.progress import progress
 
 
 class Row(TypedDict):

@@ -107,8 +107,7 @@ def announce(config: Step2Config, data: RewardData, class_weights: list[float], 
         f"training tokens of class 0, 1, 2: {data.class_counts}; class weights: {weights}",
         flush=True,
     )
-    if config.resume:
-        print(f"resuming from {checkpoint or 'the start: there is no complete checkpoint yet'}", flush=True)
+    print(f"resuming from {checkpoint}" if checkpoint else f"starting from {config.model_name_or_path}", flush=True)
 
 
 def save(trainer: RewardTrainer, config: Step2Config, facts: dict[str, Any]) -> None:

@@ -4,7 +4,8 @@
         --data_dir outputs/my_run/data --output_dir outputs/my_run/step2_token_reward/samples
 
 The examples are cut into parts; ranks take turns, and each part is written as soon as it is done. A run that was killed
-goes on with the parts that are missing (--resume), and the responses do not depend on the number of ranks.
+goes on with the parts that are missing (--resume), which the ranks share anew. The responses do not depend on the
+number of ranks.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from common.data.records import Example
 from common.engine import distributed
 from common.errors import run_rank_command
 from common.files import claim_output_dir, read_jsonl, write_jsonl
-from common.generation.decode import check_decodable
+from common.generation.decode import CountEnded, check_decodable
 from common.generation.generate import Generated, generate_responses
 from common.generation.sampling import Sampling
 from common.models.kernels import settle_dtype
 from common.models.loading import causal_lm_skeleton, check_lengths, check_vocabulary, load_causal_lm, load_tokenizer
-from common.tracking import progress
+from common.progress import progress
 from step2_token_reward.corruptions import corrupt
 from step2_token_reward.sample_config import SampleConfig, check_config
 
 SPLITS = ("train", "dev")
-BATCHES_PER_PART = 4
+BATCHES_PER_PART = 4  # rows that end make way for others, but only within a part
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     check_decodable(skeleton)
     check_lengths(skeleton.config, config.max_prompt_tokens + config.max_response_tokens)
     builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
-    parts = cut_into_parts(choose_examples(config), config.batch_size * BATCHES_PER_PART)
+    parts = cut_into_parts(choose_examples(config), config.batch_size)
     distributed.on_main_first(lambda: claim(config))
     output = Path(config.output_dir) / "samples.jsonl"
     if output.exists():
@@ -57,11 +58,12 @@ def main() -> None:
 
     model = load_causal_lm(config.model_name_or_path, config).to(device)
     check_vocabulary(model, tokenizer)
-    mine = range(distributed.rank(), len(parts), distributed.world_size())
-    for number in progress(mine, desc="sampling"):
-        path = part_path(output, number)
-        if not path.exists():
-            write_jsonl(path, sample_part(parts[number], number, model, builder, config))
+    mine = missing_parts(output, len(parts))[distributed.rank() :: distributed.world_size()]
+    total = sum(len(parts[number]) for number in mine) * config.samples_per_prompt
+    with progress(total=total, desc="sampling", unit="response") as bar:
+        for number in mine:
+            rows = sample_part(parts[number], number, model, builder, config, bar.update)
+            write_jsonl(part_path(output, number), rows)
     distributed.barrier()
     distributed.on_main_first(lambda: merge(output, len(parts)))
 
@@ -78,8 +80,15 @@ def choose_examples(config: SampleConfig) -> list[Example]:
     return chosen
 
 
-def cut_into_parts(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
-    """Consecutive parts of `size` examples; the last may be shorter."""
+def cut_into_parts(examples: Sequence[Example], batch_size: int) -> list[Sequence[Example]]:
+    """Consecutive parts of `BATCHES_PER_PART` batches; the last may be shorter.
+
+    Examples that one part would hold make parts of one batch, so that several ranks share them. The size must not
+    depend on the number of ranks: a part's number seeds its responses.
+    """
+    size = batch_size * BATCHES_PER_PART
+    if len(examples) <= size:
+        size = batch_size
     return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 
@@ -96,8 +105,19 @@ def part_path(output: Path, number: int) -> Path:
     return output.parent / "parts" / f"{number:06d}.jsonl"
 
 
+def missing_parts(output: Path, count: int) -> list[int]:
+    """The numbers of the parts that are not written yet; the same list on every rank. Call on all ranks."""
+    missing = [number for number in range(count) if not part_path(output, number).exists()]
+    return distributed.gather_from_ranks(missing)[0]  # one rank's view: others may look when a part has been written
+
+
 def sample_part(
-    examples: Sequence[Example], number: int, model: PreTrainedModel, builder: PromptBuilder, config: SampleConfig
+    examples: Sequence[Example],
+    number: int,
+    model: PreTrainedModel,
+    builder: PromptBuilder,
+    config: SampleConfig,
+    count_ended: CountEnded,
 ) -> list[dict[str, Any]]:
     """The rows of one part, example by example: gold, samples, corrupted."""
     # Every part has its own seed, so that neither the number of ranks nor a restart changes what is drawn.
@@ -107,7 +127,7 @@ def sample_part(
         config.max_response_tokens, config.temperature, samples=config.samples_per_prompt, seed=seed
     )
     prompts = [builder.ids(example.history) for example in examples]
-    responses = generate_responses(model, builder.tokenizer, prompts, sampling, config.batch_size)
+    responses = generate_responses(model, builder.tokenizer, prompts, sampling, config.batch_size, count_ended)
     rows = []
     for place, example in enumerate(examples):
         own = responses[place * config.samples_per_prompt : (place + 1) * config.samples_per_prompt]

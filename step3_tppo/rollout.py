@@ -17,6 +17,7 @@ from common.feedback.annotator import Annotator
 from common.generation.generate import Generated
 from common.generation.sampling import Sampling
 from common.models.sequences import SequenceBatch, TokenScores, pad_sequences, response_scores, score_in_blocks
+from common.progress import phase_progress
 from step3_tppo.config import Step3Config
 from step3_tppo.losses import k1_kl
 from step3_tppo.models import Models
@@ -83,9 +84,10 @@ class RolloutMaker:
         )
         with self._models.actor.inference() as actor:
             clock.lap("switch")
-            generated = self._models.actor.generate(
-                self._tokenizer, prompts, sampling, rows=config.decode_rows or len(examples)
-            )
+            with phase_progress(total=len(examples), desc="rollout", unit="response") as bar:
+                generated = self._models.actor.generate(
+                    self._tokenizer, prompts, sampling, config.decode_rows or len(examples), bar.update
+                )
             clock.lap("generate")
             responses = [response.ids for response in generated]
             prompts = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]

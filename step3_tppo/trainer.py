@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,8 @@ from common.errors import Preempted, TrainingDiverged
 from common.evaluation.summary import Row
 from common.models.sequences import TokenScores, response_scores
 from common.pages.sections import tensorboard_layout
-from common.tracking import Tracker, progress
+from common.progress import phase_progress, progress
+from common.tracking import Tracker
 from step3_tppo.advantages import generalized_advantages, token_discounts, whiten
 from step3_tppo.config import Step3Config
 from step3_tppo.guards import RolloutGuard
@@ -178,28 +179,30 @@ class TPPOTrainer:
     ) -> dict[str, float]:
         """All optimiser steps on one rollout; stops early, on all ranks, once `target_kl` is exceeded."""
         config = self._config
-        per_rank = config.mini_batch_size // distributed.world_size()
         totals = torch.zeros(len(UPDATE_SUMS), dtype=torch.float64, device=self._device)
         max_ratio = torch.zeros((), device=self._device)
         stopped = False
-        for epoch in range(config.ppo_epochs):
-            generator = torch.Generator().manual_seed(self._seed(step, distributed.rank(), epoch + 1))
-            order = torch.randperm(len(advantages), generator=generator)
-            for start in range(0, len(order), per_rank):
-                rows = order[start : start + per_rank]
+        with phase_progress(total=config.ppo_epochs * len(advantages), desc="update", unit="response") as bar:
+            for rows in self._mini_batches(step, len(advantages)):
                 sums, ratio = self._optimizer_step(step, rollout, advantages, returns, rows)
                 totals += sums
                 max_ratio = torch.maximum(max_ratio, ratio)
+                bar.update(len(rows))
                 stopped = config.target_kl > 0 and _mean_kl(sums) > config.target_kl
                 if stopped:
                     break
-            if stopped:
-                break
         return update_metrics(totals, max_ratio) | {
             "policy/stopped_early": float(stopped),
             "policy/grad_norm": _grad_norm(self._models.actor.engine),
             "value/grad_norm": _grad_norm(self._models.critic.engine),
         }
+
+    def _mini_batches(self, step: int, count: int) -> Iterator[torch.Tensor]:
+        """Which of this rank's `count` responses each optimiser step of `step` learns from."""
+        for epoch in range(self._config.ppo_epochs):
+            generator = torch.Generator().manual_seed(self._seed(step, distributed.rank(), epoch + 1))
+            order = torch.randperm(count, generator=generator)
+            yield from order.split(self._config.mini_batch_size // distributed.world_size())
 
     def _optimizer_step(
         self, step: int, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor, rows: torch.Tensor

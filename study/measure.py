@@ -107,6 +107,7 @@ def model_rows(
         decoding: generate_rows(
             model, tokenizer, builder, examples, decoding=decoding, temperature=config.temperature,
             max_new_tokens=config.max_response_tokens, batch_size=config.batch_size, seed=config.seed, samples=samples,
+            progress=decoding,
         )
         for decoding, samples in (("sampled", config.samples), ("greedy", 1))
     }  # fmt: skip

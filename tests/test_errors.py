@@ -124,3 +124,12 @@ def test_a_process_of_its_own_goes_on_after_a_command() -> None:
     ended = run("pass", ranks=1)
     assert (ended.returncode, ended.stdout) == (0, "worked\nwent on\nat exit\ntorn down\n")
     assert run("raise InputError('no')", ranks=1).returncode == 2
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii:strict", "utf-8"])
+def test_no_character_ends_a_run(encoding: str) -> None:
+    """Nor does a byte of a file name that is no text."""
+    ended = run("print('лог.jsonl \\udcff'); print('went on')", ranks=2, PYTHONIOENCODING=encoding)
+    assert ended.returncode == 0, ended.stderr
+    name = "лог" if encoding == "utf-8" else "\\u043b\\u043e\\u0433"
+    assert f"{name}.jsonl \\udcff\nwent on\n" in ended.stdout

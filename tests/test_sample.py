@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -165,6 +165,70 @@ def test_a_killed_run_goes_on_with_the_parts_that_are_missing(folders, monkeypat
     assert len(done) == 4
     assert run_here([*arguments(folders, "out", seed=1), "--overwrite"]) == ""
     assert (folders / "out" / "samples.jsonl").read_bytes() != expected
+
+
+class Bar:
+    """Stands for a progress bar, and keeps what it is told."""
+
+    made: ClassVar[list[Bar]] = []
+
+    def __init__(self, total: int, **settings: Any) -> None:
+        self.total, self.steps = total, []
+        self.made.append(self)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def update(self, count: int) -> None:
+        self.steps += [count] if count else []
+
+
+def bar_of(rank: int, world_size: int, flags: list[str]) -> tuple[int, list[int]]:
+    """The total of this rank's bar, and how far each update moved it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "progress", Bar)
+        patch.setattr(Bar, "made", [])
+        assert run_main(rank, world_size, flags) == ""
+        (bar,) = Bar.made
+    return bar.total, bar.steps
+
+
+@pytest.mark.distributed
+def test_the_bar_counts_the_responses_that_a_rank_has_yet_to_decode(folders, monkeypatch):
+    """14 examples with 2 responses each, in parts of 4 examples."""
+    seven, seven_again = run_on_ranks(bar_of, 2, arguments(folders, "out"))
+    assert [seven[0], seven_again[0]] == [16, 12], "parts of 4, 4, 4 and 2 examples, in turn"
+    for total, steps in (seven, seven_again):
+        assert sum(steps) == total and len(steps) > 4, "it moves within a part"
+    # Ranks without a part: one part of 14.
+    whole, idle = run_on_ranks(bar_of, 2, arguments(folders, "one_part", batch_size=14))
+    assert (whole[0], sum(whole[1]), idle) == (28, 28, (0, []))
+
+    # A killed run goes on: what is there is not counted, and the ranks share the rest.
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "merge", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_here(arguments(folders, "killed"))
+    parts = sorted((folders / "killed" / "parts").iterdir())
+    assert len(parts) == 4
+    for part in (parts[1], parts[3]):
+        part.unlink()
+    (first, _), (second, _) = run_on_ranks(bar_of, 2, [*arguments(folders, "killed"), "--resume"])
+    assert (first, second) == (8, 4)
+    assert len((folders / "killed" / "samples.jsonl").read_text().splitlines()) == len(
+        (folders / "out" / "samples.jsonl").read_text().splitlines()
+    )
+
+
+def test_few_examples_make_parts_of_one_batch():
+    """So that several ranks share them; how many ranks there are plays no part."""
+    sizes = {count: [len(part) for part in sample.cut_into_parts(range(count), 8)] for count in (5, 20, 32, 33, 70)}
+    assert sizes == {5: [5], 20: [8, 8, 4], 32: [8, 8, 8, 8], 33: [32, 1], 70: [32, 32, 6]}
 
 
 def test_limits_draw_examples_at_random_but_in_order(folders):

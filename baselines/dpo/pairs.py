@@ -14,8 +14,8 @@ from common.feedback.annotator import Annotation
 from common.feedback.labels import sample_item
 from common.models.reward_options import MAX_SCORE
 from common.models.sequences import pad_sequences
+from common.progress import progress
 from common.text import normalise, split_queries
-from common.tracking import progress
 
 
 class Pair(TypedDict):

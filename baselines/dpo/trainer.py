@@ -15,7 +15,7 @@ from baselines.dpo.pairs import Pair, PairCollator
 from common.engine import distributed
 from common.engine.trainer import RecipeTrainer
 from common.models.sequences import SequenceBatch, response_scores
-from common.tracking import progress
+from common.progress import progress
 
 
 class DpoTrainer(RecipeTrainer):

@@ -14,6 +14,8 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import bf16_optimizer
+from transformers.utils import logging as transformers_output
 
 MAIN_TASK_LIMIT = timedelta(days=7)  # what rank 0 does alone may take as long as it must
 _MEETINGS = count()
@@ -32,10 +34,16 @@ def start() -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    if os.environ["RANK"] != "0":
+        # Every rank loads the same model: what transformers shows of it, bars and warnings, the first rank shows.
+        transformers_output.disable_progress_bar()
+        transformers_output.set_verbosity_error()
     if not dist.is_initialized():
         # On CPU ranks DeepSpeed would compile a shared-memory all-reduce, which only its own inference kernels call:
         # a minute of compiler time, and buffers that stay in /dev/shm after every run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # It prints the memory of a moment while an engine is made, whatever DeepSpeed's log level.
+        bf16_optimizer.see_memory_usage = lambda *message, **settings: None
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         # gloo's threads must have ended when the interpreter goes, or a finished rank may abort on its last step.
         atexit.register(_leave)

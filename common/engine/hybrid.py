@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from common.engine import distributed
 from common.engine.adapters import merged_adapters
 from common.engine.memory import WeightMode
+from common.generation.decode import CountEnded, uncounted
 from common.generation.generate import Generated, generate_responses
 from common.generation.sampling import Sampling
 
@@ -78,7 +79,12 @@ class HybridEngine:
             self._inside = False
 
     def generate(
-        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        rows: int,
+        count_ended: CountEnded = uncounted,
     ) -> list[Generated]:
         """This rank's responses to its `prompts`, see `generate_responses`; call it inside `inference()`.
 
@@ -89,10 +95,10 @@ class HybridEngine:
             raise RuntimeError("HybridEngine.generate() needs inference() around it")
         if self.is_sharded_in_inference:
             return generate_responses(
-                self.module, tokenizer, prompts, sampling, rows, any_rank=distributed.true_on_any_rank
+                self.module, tokenizer, prompts, sampling, rows, count_ended, any_rank=distributed.true_on_any_rank
             )
         with merged_adapters(self.module):
-            return generate_responses(self.module, tokenizer, prompts, sampling, rows, graphs=self.graphs)
+            return generate_responses(self.module, tokenizer, prompts, sampling, rows, count_ended, graphs=self.graphs)
 
 
 @contextmanager

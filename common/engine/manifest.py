@@ -16,6 +16,7 @@ from typing import Any
 from common.engine.distributed import barrier, gather_from_ranks, on_main_first, rank, world_size
 from common.errors import InputError, SaveFailed, one_line
 from common.files import read_json, write_json
+from common.progress import phase_progress
 
 MANIFEST = "manifest.json"
 DAMAGED = ".damaged_"
@@ -55,7 +56,9 @@ def damage(folder: Path) -> list[str]:
     """What is wrong with a complete folder, nothing for a sound one: the same list on all ranks. Call on all."""
     try:
         listed = read_json(folder / MANIFEST)["files"]
-        problems = [problem for name in _share(sorted(listed)) if (problem := _problem(folder / name, listed[name]))]
+        # Large files are read whole, which can take minutes before anything else of a run shows.
+        names = phase_progress(_share(sorted(listed)), desc=f"checking {folder.name}", unit="file")
+        problems = [problem for name in names if (problem := _problem(folder / name, listed[name]))]
     except (InputError, TypeError, KeyError) as error:
         problems = [f"{folder / MANIFEST}: not readable ({error})"]
     return sorted({problem for part in gather_from_ranks(problems) for problem in part})

@@ -35,6 +35,15 @@ class RecipeTrainer(Trainer):
     and ranks whose states differ would share out different permutations.
     """
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in the base class, which tells accelerate nothing of gradient accumulation.
+
+        With DeepSpeed accelerate takes the number from DeepSpeed's configuration, and warns of a mismatch of its own.
+        """
+        super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled:
+            self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps
+
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:

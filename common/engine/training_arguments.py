@@ -75,6 +75,7 @@ def training_arguments(options: TrainerOptions, **extra: Any) -> TrainingArgumen
         remove_unused_columns=False,  # collators read columns of our own
         report_to="none",
         log_level="warning",
+        log_level_replica="error",  # a warning is every rank's: the first shows it
         deepspeed=trainer_deepspeed_config(options),
         **extra,
     )

@@ -15,6 +15,7 @@ from common.errors import InputError
 from common.generation.generate import generate_responses
 from common.generation.sampling import Sampling
 from common.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
+from common.progress import progress as progress_bar
 
 Decoding = Literal["sampled", "greedy"]
 
@@ -49,15 +50,17 @@ def generate_rows(
     """`samples` rows an example, in order: `{"id", "response", "finished", "tokens"}`; `tokens` counts EOS.
 
     `sampled` draws from the model's own distribution at `temperature`, `greedy` takes the likeliest token. The same
-    seed gives the same rows, whatever `batch_size` is (except for rounding, see `generate_responses`). Raises
-    `InputError` when a prompt and `max_new_tokens` do not fit the model's positions.
+    seed gives the same rows, whatever `batch_size` is (except for rounding, see `generate_responses`). `progress` labels
+    a progress bar; without it there is none. Raises `InputError` when a prompt and `max_new_tokens` do not fit the
+    model's positions.
     """
     if decoding == "sampled" and temperature <= 0:
         raise InputError(f"temperature must be above 0 for sampled decoding, not {temperature}; see --decoding greedy")
     prompts = [builder.ids(example.history) for example in examples]
     _check_length(model, max(map(len, prompts), default=0), max_new_tokens)
     sampling = Sampling(max_new_tokens, temperature if decoding == "sampled" else 0.0, samples=samples, seed=seed)
-    responses = generate_responses(model, tokenizer, prompts, sampling, batch_size, progress)
+    with progress_bar(total=len(prompts) * samples, desc=progress, unit="response") as bar:
+        responses = generate_responses(model, tokenizer, prompts, sampling, batch_size, bar.update)
     return [
         {"id": example.id, "response": response.text, "finished": response.finished, "tokens": len(response.ids)}
         for example, response in zip(repeated(examples, samples), responses, strict=True)

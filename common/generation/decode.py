@@ -25,8 +25,14 @@ PROMPT_TOKENS = 8192  # of a block of prompts, padding included: what reading th
 LOOK_EVERY = 8  # passes on CUDA between two looks at what was drawn
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 
+# Is told, after every pass, how many responses have just ended: what advances a progress bar.
+CountEnded = Callable[[int], Any]
 # Whether any rank still works, told whether this one does; called before every pass, by all ranks alike.
 AnyRank = Callable[[bool], bool]
+
+
+def uncounted(ended: int) -> None:
+    """The `CountEnded` of a caller who shows no progress."""
 
 
 @dataclass(slots=True)
@@ -77,8 +83,8 @@ class Decoder:
         self._rows = min(max(rows, sampling.samples), len(self._drawn))
         self._active: list[int] = []  # the response that each row draws, rows dense from 0
 
-    def run(self, count_ended: Callable[[int], Any]) -> list[Drawn]:
-        """`samples` responses for each prompt, prompt by prompt; `count_ended` is told how many have just ended."""
+    def run(self, count_ended: CountEnded) -> list[Drawn]:
+        """`samples` responses for each prompt, prompt by prompt."""
         if self._waiting:
             longest = len(self._prompts[self._waiting[0]])
             uniforms = self._uniforms

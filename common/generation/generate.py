@@ -7,12 +7,11 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.alignment import TokenDecoder
 from common.errors import InputError
-from common.generation.decode import AnyRank, Decoder, check_decodable
+from common.generation.decode import AnyRank, CountEnded, Decoder, check_decodable, uncounted
 from common.generation.sampling import Sampling
 from common.models.sequences import without_wrapper
 
@@ -34,7 +33,7 @@ def generate_responses(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     rows: int,
-    progress: str = "",
+    count_ended: CountEnded = uncounted,
     any_rank: AnyRank | None = None,
     graphs: bool = False,
     uniforms: torch.Tensor | None = None,
@@ -43,11 +42,11 @@ def generate_responses(
 
     At most `rows` responses are decoded at once. The same prompts and sampling give the same responses, whatever `rows`
     is (to rounding: where two tokens are equally likely, the shape of a batch may decide), and no random state is
-    touched. `progress` labels a progress bar; without it there is none. Where weights are sharded every rank must
-    make as many passes as the busiest: `any_rank` then says, before each, whether one still works. `graphs` records
-    passes on CUDA (`DecodeStep`). `uniforms`, (prompts * samples, max_new_tokens), are the random numbers of prompts
-    that are a part of more; the default is `uniform_table`'s. Raises `InputError` for an empty prompt, settings out of
-    range or a model that cannot be decoded this way.
+    touched. `count_ended` is told after every pass how many responses have just ended. Where weights are sharded every
+    rank must make as many passes as the busiest: `any_rank` then says, before each, whether one still works. `graphs`
+    records passes on CUDA (`DecodeStep`). `uniforms`, (prompts * samples, max_new_tokens), are the random numbers of
+    prompts that are a part of more; the default is `uniform_table`'s. Raises `InputError` for an empty prompt, settings
+    out of range or a model that cannot be decoded this way.
     """
     if rows < 1:
         raise InputError(f"generation needs at least 1 row, not {rows}")
@@ -56,9 +55,8 @@ def generate_responses(
     inner = without_wrapper(model)
     check_decodable(inner)
     decoder = Decoder(inner, prompts, sampling, tokenizer.eos_token_id, rows, any_rank, graphs, uniforms)
-    bar = tqdm(total=len(prompts) * sampling.samples, desc=progress, disable=not progress)
-    with bar, _generating(inner):
-        drawn = decoder.run(bar.update)
+    with _generating(inner):
+        drawn = decoder.run(count_ended)
     text = TokenDecoder(tokenizer)
     return [
         Generated(found.ids, text(found.ids).text, found.ids[-1] == tokenizer.eos_token_id, found.logprobs)

@@ -128,11 +128,12 @@ def query_index(encoded: EncodedResponse) -> list[int]:
 
 
 def load_token_reward_model(
-    path: str, options: ModelOptions, bidirectional: bool = False, heads: str = "token"
+    path: str, options: ModelOptions, bidirectional: bool = False, heads: str = "token", new_head: bool = True
 ) -> PreTrainedModel:
     """A token classifier with the outputs of `heads` (see `HEAD_OUTPUTS`) from any model folder or hub name with one.
 
-    A causal language model (step 1's) or another classifier gets a new head. `bidirectional` makes a decoder read both
+    A causal language model (step 1's) or another classifier gets a new head, unless `new_head` is off: then one without
+    a fitting head is refused. `bidirectional` makes a decoder read both
     ways, so that a word is judged in the light of those after it. The setting is saved with the model, so a folder of
     such a model needs no flag.
 
@@ -164,7 +165,7 @@ def load_token_reward_model(
             f"{path}: cannot load a token classifier ({one_line(error)}); if it is its head of other classes that does "
             "not fit, add --zero_stage 2"
         ) from error
-    _check_trunk(path, model, report)
+    _check_weights(path, model, report, new_head)
     if reads_both_ways(model):
         _switch_off_causality(path, model)
     if options.liger:
@@ -206,7 +207,7 @@ def load_token_reward_scorer(path: str, options: ModelOptions) -> TokenRewardMod
         settings = RewardInputOptions(**asdict(settings) | {"prompt_template": str(folder / TEMPLATE_NAME)})
     heads = saved.get("heads", "token")
     # Liger's kernels are for what is trained, and the encoder may be of a family that has none.
-    model = load_token_reward_model(path, replace(options, liger=False), heads=heads)
+    model = load_token_reward_model(path, replace(options, liger=False), heads=heads, new_head=False)
     tokenizer = load_fast_tokenizer(path, options.trust_remote_code)
     class_weights = saved.get("class_weights") if heads == "token" else None
     rule = QueryRule(**saved["query_rule"]) if saved.get("query_rule") else None
@@ -238,14 +239,15 @@ def save_token_reward_model(
     write_json(path / SETTINGS_NAME, {"inputs": settings, **facts})
 
 
-def _check_trunk(path: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Only the head may be new."""
-    trunk = f"{model.base_model_prefix}."
-    missing = {key for key in report["missing_keys"] if key.startswith(trunk)}
-    missing |= {key for key, *_ in report["mismatched_keys"] if key.startswith(trunk)}
+def _check_weights(path: str, model: PreTrainedModel, report: dict[str, Any], new_head: bool) -> None:
+    """Only the head may be new, and only where `new_head` allows it."""
+    trained = f"{model.base_model_prefix}." if new_head else ""
+    lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    missing = {key for key in lacking if key.startswith(trained)}
     if missing:
+        what = "encoder" if new_head else "reward model"
         raise InputError(
-            f"{path}: {len(missing)} of the encoder's weights are missing or of another size ({min(missing)}, ...), so "
+            f"{path}: {len(missing)} of the {what}'s weights are missing or of another size ({min(missing)}, ...), so "
             "it would be random; give a folder with a trained model"
         )
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from common.config import LoraOptions, ModelOptions
+from common.errors import InputError
 from common.models.kernels import apply_liger
 from common.models.loading import apply_lora, check_machine, merged_copy, without_dropout
 from common.models.sequences import SequenceBatch, hidden_of_predictions, unflattened
@@ -57,20 +58,27 @@ def load_value_model(
     """A critic on the trunk of the model at `path`, with a fresh value head, and with `lora` adapters on the trunk.
 
     The folder is a causal language model's, or a reward model's made of one: if that reads both ways, the critic does
-    not, because a value may not know the tokens to come.
+    not, because a value may not know the tokens to come. Raises `InputError` when weights of the trunk are missing.
     """
     check_machine(str(path), options)
     config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
     if getattr(config, "is_causal", True) is False:
         config.is_causal = True
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    trunk = AutoModel.from_pretrained(
+    trunk, report = AutoModel.from_pretrained(
         path,
         config=without_dropout(config),
         dtype=dtype,
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
+        output_loading_info=True,
     )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(
+            f"{path}: no critic can be made of it, {len(missing)} of its weights are missing ({missing[0]}, ...); give "
+            "the folder of a trained model"
+        )
     if options.liger:
         apply_liger(trunk)
     model = ValueModel(trunk, packed)

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from common.data.prompt_settings import PromptSettings
 from common.errors import InputError
 from common.files import digest, write_jsonl
+from common.generation.decode import CountEnded
 from common.generation.sampling import Sampling, uniform_table
 from common.prediction.config import PredictConfig
 from common.prediction.histories import History, Survey
 from common.prediction.partial import PartialOutput
 from common.prediction.predictor import Prediction, Predictor
+from common.progress import progress
 
 # Of a part, in responses decoded at once: rows that end make way for others, but only within a part.
 _PART_BATCHES = 4
@@ -63,10 +64,9 @@ def predict_file(
     total = total_histories * sampling.samples
     if partial.rows:
         print(f"going on after {partial.rows} of {total} responses ({partial.path})", flush=True)
-    with tqdm(total=total, initial=partial.rows, desc="predictions", unit="response", dynamic_ncols=True) as bar:
-        for rows in _answers(predictor, histories, sampling, config, partial.rows):
+    with progress(total=total, initial=partial.rows, desc="predictions", unit="response") as bar:
+        for rows in _answers(predictor, histories, sampling, config, partial.rows, bar.update):
             partial.append(rows)
-            bar.update(len(rows))
     predictor.tell_unseen_words()
     if partial.rows != total:
         raise InputError(f"{config.history}: changed while it was read; delete {partial.path} and run again")
@@ -94,8 +94,9 @@ def output_rows(
 
 
 def _answers(
-    predictor: Predictor, histories: Iterable[History], sampling: Sampling, config: PredictConfig, answered: int
-) -> Iterator[list[dict[str, Any]]]:
+    predictor: Predictor, histories: Iterable[History], sampling: Sampling, config: PredictConfig, answered: int,
+    count_ended: CountEnded,
+) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
     """The rows of each part after the first `answered` rows."""
     generator = torch.Generator().manual_seed(sampling.seed)
     rest, size = iter(histories), part_histories(config)
@@ -106,7 +107,7 @@ def _answers(
         if answered < 0:
             predictions = predictor.predict(
                 [history.events for history in part], sampling, rows=config.batch_size,
-                reward_rows=config.reward_batch_size, uniforms=uniforms,
+                reward_rows=config.reward_batch_size, uniforms=uniforms, count_ended=count_ended,
             )  # fmt: skip
             yield list(output_rows(part, predictions, sampling.samples))
 

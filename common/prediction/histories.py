@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ class Survey(NamedTuple):
     digest: str
 
 
-def survey_histories(histories: Iterator[History]) -> Survey:
+def survey_histories(histories: Iterable[History]) -> Survey:
     """Read all of `histories` once, keeping none, so that what cannot be read is told before any work."""
     count, running = 0, digest()
     for history in histories:

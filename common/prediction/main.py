@@ -16,6 +16,7 @@ from common.prediction.dialogue import run_dialogue
 from common.prediction.histories import read_histories, survey_histories
 from common.prediction.predictor import Prediction, Predictor, load_predictor
 from common.prediction.terminal import colour_depth
+from common.progress import phase_progress
 
 
 def main() -> None:
@@ -36,7 +37,8 @@ def answer_file(config: PredictConfig, settings: PromptSettings, sampling: Sampl
     """Predict for `config.history`, going on with what an earlier run left; everything is checked before any weight is
     read."""
     source = (config.history, config.log_format, config.max_bad_lines)
-    survey = survey_histories(read_histories(*source))
+    counted = phase_progress(read_histories(*source), desc="counting histories", unit="history")
+    survey = survey_histories(counted)
     with open_partial(config, settings, sampling, survey) as partial:
         predictor = _load(config, settings, sampling)
         try:

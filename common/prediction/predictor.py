@@ -16,6 +16,7 @@ from common.config import ModelOptions
 from common.data.prompt_settings import PromptSettings
 from common.data.prompts import PromptBuilder
 from common.data.records import Event
+from common.generation.decode import CountEnded, uncounted
 from common.generation.generate import Generated, generate_responses
 from common.generation.sampling import Sampling
 from common.models.loading import check_lengths, check_vocabulary, load_causal_lm, load_model_config, load_tokenizer
@@ -71,15 +72,16 @@ class Predictor:
         rows: int,
         reward_rows: int,
         uniforms: torch.Tensor | None = None,
+        count_ended: CountEnded = uncounted,
     ) -> list[Prediction]:
         """`sampling.samples` predictions for each history, in order.
 
-        At most `rows` responses are decoded and `reward_rows` scored at once; for `uniforms` see `generate_responses`.
-        Raises `InputError` for an empty history.
+        At most `rows` responses are decoded and `reward_rows` scored at once; for `uniforms` and `count_ended`
+        see `generate_responses`. Raises `InputError` for an empty history.
         """
         prompts = [self.prompts.ids(history) for history in histories]
         responses = generate_responses(
-            self.model, self.prompts.tokenizer, prompts, sampling, rows, uniforms=uniforms
+            self.model, self.prompts.tokenizer, prompts, sampling, rows, count_ended, uniforms=uniforms
         )
         k = self.prompts.num_queries
         if self.scorer is None:

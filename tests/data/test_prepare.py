@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -221,3 +223,15 @@ def test_the_shipped_log_carries_the_licenses_of_its_sources() -> None:
     text = (SHIPPED.parent / "LICENSE.cast_ikat").read_text(encoding="utf-8")
     assert "(c) 2019 Jeffrey Dalton" in text and "(c) 2023 IRLab Amsterdam" in text
     assert text.count("The above copyright notice and this permission notice shall be included in all") == 2
+
+
+def test_a_log_whose_name_the_terminal_lacks_is_prepared(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "журнал.jsonl", {f"u{n}": ["tea", "green tea", "tea pot"] * 3 for n in range(40)})
+    command = ["-m", "common.data.prepare", "--log", str(log), "--output_dir", str(tmp_path / "data"), *ALL_OFF]
+    ended = subprocess.run(
+        [sys.executable, *command], env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, text=True,
+        encoding="latin-1",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "\\u0436\\u0443\\u0440\\u043d\\u0430\\u043b.jsonl: read as jsonl" in ended.stdout
+    assert load_examples(tmp_path / "data", "train")

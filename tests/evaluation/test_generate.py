@@ -55,6 +55,17 @@ def greedy_by_hand(model: PreTrainedModel, prompt: list[int], eos: int) -> list[
     return written
 
 
+def test_a_named_bar_counts_every_response(
+    loaded: Loaded, builder: PromptBuilder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count = 2 * len(make_examples())
+    generate(loaded, builder, make_examples(), decoding="sampled", samples=2, progress="sft")
+    shown = capsys.readouterr().err
+    assert f"sft:   0%|          | 0/{count} " in shown and f"{count}/{count} " in shown and "response/s" in shown
+    generate(loaded, builder, make_examples())
+    assert capsys.readouterr().err == ""
+
+
 def test_a_padded_greedy_batch_writes_what_each_example_alone_does(loaded: Loaded, builder: PromptBuilder) -> None:
     model, tokenizer = loaded
     examples = make_examples()

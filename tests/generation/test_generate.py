@@ -38,6 +38,16 @@ def test_greedy_with_any_number_of_rows_equal_argmax_one_token_at_a_time():
         assert [response.ids for response in generate(rows=rows)] == expected
 
 
+@pytest.mark.parametrize("rows", [2, 8])
+def test_each_response_is_counted_once_when_it_has_ended(rows):
+    ended = []
+    sampling = Sampling(12, 1.0, 1.0, samples=2, seed=3)
+    made = generate_responses(tiny_llama(), ordinary_tokenizer(), PROMPTS, sampling, rows, ended.append)
+    assert sum(ended) == len(made) == 10
+    assert len(ended) >= 12 and sum(count > 0 for count in ended) > 1  # told after every pass, not at the end
+    assert all(count <= rows for count in ended)
+
+
 def test_the_same_seed_repeats_and_another_differs():
     first = generate(temperature=1.0, seed=3)
     assert first == generate(temperature=1.0, seed=3)

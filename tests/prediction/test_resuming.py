@@ -71,6 +71,16 @@ def test_a_killed_run_goes_on_and_gives_the_bytes_of_one_that_was_not(
     assert not partial.exists()
 
 
+def test_the_bar_moves_within_a_part(flags: dict, tmp_path: Path) -> None:
+    """One part of all histories; nothing but the end of single responses can move the bar before the last."""
+    with mock.patch("common.prediction.batch.progress") as progress:
+        run(**flags | {"batch_size": 30} | SAMPLED, output=tmp_path / "p")
+    bar = progress.return_value.__enter__.return_value
+    steps = [call.args[0] for call in bar.update.call_args_list]
+    assert progress.call_args.kwargs["total"] == sum(steps) == COUNT * 2
+    assert max(steps) <= 30
+
+
 def test_what_is_sampled_depends_on_the_place_and_not_on_the_batch(flags: dict, tmp_path: Path) -> None:
     # Without a reward model: a batch is padded, so its scores differ by their rounding.
     flags = {name: value for name, value in flags.items() if name != "reward"} | SAMPLED
