@@ -7,7 +7,7 @@ actor never chose). Words carry scores across: `pool_token_scores` from one toke
 `copy_word_scores` or `split_word_scores` from words to the other's.
 
 A span is half-open and in characters. A token that holds one of the three bytes of a character spans a third of it,
-so that nothing is counted twice; see method, section 1.
+so that nothing is counted twice; see docs/method.md, section 2.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def token_words(words: Sequence[Word], spans: Sequence[Span]) -> list[int]:
 
 
 def token_labels(words: Sequence[Word], labels: Sequence[int], spans: Sequence[Span]) -> list[int]:
-    """Phase II of the method: each token carries its word's label, `IGNORE_LABEL` where it overlaps no word."""
+    """Each token carries its word's label, `IGNORE_LABEL` without a word; docs/method.md, section 2."""
     _check_lengths(words, labels)
     return [labels[word] if word >= 0 else IGNORE_LABEL for word in token_words(words, spans)]
 

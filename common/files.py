@@ -159,7 +159,7 @@ def claim_output_dir(
     if occupied and not marker.is_file():
         raise InputError(f"{path}: not empty and not the output of a run (no {RUN_CONFIG_NAME}); choose another folder")
     if occupied and overwrite:
-        shutil.rmtree(path)
+        empty_folder(path)
     elif occupied and resume:
         _check_same_run(marker, config, may_differ)
         return path
@@ -171,6 +171,15 @@ def claim_output_dir(
     path.mkdir(parents=True, exist_ok=True)
     write_json(marker, config)
     return path
+
+
+def empty_folder(path: str | Path) -> None:
+    """Delete what is in a folder; the folder stays, and so does a link to it on another disk."""
+    for child in Path(path).iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
 
 
 def _check_same_run(marker: Path, config: dict, may_differ: frozenset[str]) -> None:

@@ -6,7 +6,7 @@ import unicodedata
 from functools import lru_cache
 from typing import NamedTuple
 
-# Scripts written without spaces: one character is one word (method: a CJK character is a word).
+# Scripts written without spaces: one character is one word (docs/method.md, section 2).
 _CJK_RANGES = (
     (0x2E80, 0x2FDF),  # radicals
     (0x3040, 0x30FF),  # Hiragana, Katakana

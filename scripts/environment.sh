@@ -1,16 +1,18 @@
-# Sourced by every script here: the repository root, its virtual environment, and what ranks need to know.
+# Sourced by every script here: the repository's root, its virtual environment, and what ranks need to know.
+# Paths that a user gives are relative to the folder in which the command is typed: nothing here changes it.
 #
 #   TPPO_VENV=/path    use this virtual environment instead of .venv (it is made when missing)
 #   TPPO_VENV=none     use the Python that is active, and install nothing
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-cd "$ROOT"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONSAFEPATH=1  # the folder where the user types may hold modules with the names of ours
+export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 
-# install_requirements FILE: make the virtual environment when there is none, and install FILE into it unless exactly
+# install_requirements NAME: make the virtual environment when there is none, and install NAME.txt into it unless exactly
 # this has been done before (a stamp holds the requirement files' checksum).
 install_requirements() {
-    local file="$1" venv="${TPPO_VENV:-$ROOT/.venv}"
+    local file="$ROOT/$1" venv="${TPPO_VENV:-$ROOT/.venv}"
     [ "$venv" = none ] && return
     if [ ! -x "$venv/bin/python" ]; then
         local python
@@ -18,50 +20,46 @@ install_requirements() {
         echo "making the virtual environment $venv with $python"
         "$python" -m venv "$venv"
     fi
-    local stamp="$venv/.$(basename "$file").installed" sum
-    sum="$(cat requirements.txt "$file" | cksum)"
+    local stamp="$venv/.$1.installed" sum
+    sum="$(cat "$ROOT/requirements.txt" "$file" | cksum)"
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$sum" ]; then
-        echo "installing $file"
+        echo "installing $1"
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file"
         echo "$sum" > "$stamp"
     fi
     export PATH="$venv/bin:$PATH"
 }
 
-# Without a GPU the ranks are CPU processes over gloo, each on its share of the cores.
-use_cpu_ranks_without_gpu() {
-    if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-        export DS_ACCELERATOR=cpu
-        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) > 2 ? $(nproc) / 2 : 1 ))}"
-    fi
-    export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+# The ranks are CPU processes over gloo, each on its share of the cores.
+use_cpu_ranks() {
+    export DS_ACCELERATOR=cpu
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) > 2 ? $(nproc) / 2 : 1 ))}"
 }
 
-# launch SCRIPT FLAGS...: run SCRIPT under the deepspeed launcher. Launcher flags (--num_gpus, --num_nodes, --hostfile,
-# --include, --exclude, --master_addr, --master_port, --launcher, --launcher_args) are taken out of FLAGS, the rest
-# goes to SCRIPT. On CPU ranks two processes are started unless --num_gpus says otherwise.
+use_cpu_ranks_without_gpu() {
+    python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || use_cpu_ranks
+}
+
+# launch deepspeed FLAGS... SCRIPT FLAGS...: run the deepspeed launcher, hand signals on to its ranks, and say which ranks
+# ended without a message. Launcher flags that stand behind SCRIPT (a user's "$@") are moved before it, where they win.
 launch() {
-    local script="$1"; shift
-    case " $* " in *" --help "*|*" -h "*) python "$script" --help; return ;; esac # once, not once a rank
-    local launcher=() flags=() placed="" output="" begun
+    local launcher=("$1") script="" flags=() output="" begun
     begun="$(date +%s)"
+    shift
     while [ $# -gt 0 ]; do
         case "$1" in
             --num_gpus|--num_nodes|--hostfile|--include|--exclude|--master_addr|--master_port|--launcher|--launcher_args)
                 [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
-                case "$1" in --num_gpus|--hostfile|--include) placed=yes ;; esac
                 launcher+=("$1" "$2"); shift 2 ;;
-            --num_gpus=*|--hostfile=*|--include=*) placed=yes; launcher+=("$1"); shift ;;
-            --num_nodes=*|--exclude=*|--master_addr=*|--master_port=*|--launcher=*|--launcher_args=*)
+            --num_gpus=*|--num_nodes=*|--hostfile=*|--include=*|--exclude=*|--master_addr=*|--master_port=*|--launcher=*|--launcher_args=*)
                 launcher+=("$1"); shift ;;
+            *.py) if [ -z "$script" ]; then script="$1"; else flags+=("$1"); fi; shift ;;
             *)
                 case "$1" in --output_dir) output="${2:-}" ;; --output_dir=*) output="${1#*=}" ;; esac
-                flags+=("$1"); shift ;;
+                if [ -z "$script" ]; then launcher+=("$1"); else flags+=("$1"); fi; shift ;;
         esac
     done
-    if [ -z "$placed" ] && [ "${DS_ACCELERATOR:-}" = cpu ]; then
-        launcher+=(--num_gpus 2)
-    fi
+    case " ${flags[*]} " in *" --help "*|*" -h "*) python "$script" --help; return ;; esac # once, not once a rank
     case " ${launcher[*]} " in
         *--master_port*|*--hostfile*) ;;
         *) launcher+=(--master_port "$(free_port)") ;;
@@ -72,7 +70,7 @@ launch() {
     esac
     # Ranks are read from the environment, so that flags are the user's alone. In the background, because bash handles
     # signals only between commands.
-    deepspeed "${launcher[@]}" --no_local_rank "$script" "${flags[@]}" &
+    "${launcher[@]}" --no_local_rank "$script" "${flags[@]}" &
     local job=$! status=0
     trap 'signal_ranks "$job" "$script"' TERM USR1
     trap 'kill -TERM "$job" 2>/dev/null || true' INT
@@ -81,7 +79,7 @@ launch() {
     trap - TERM USR1 INT
     [ -z "$remote" ] || rm -f "$remote"
     case "$status" in
-        0|2|3|4|70|75) ;; # every rank has spoken for itself
+        0|2|3|4|70|75) ;; # every rank has printed its own message
         *) [ -z "$output" ] || python - "$output" "$begun" >&2 <<< \
             'import sys; from common.engine.watchdog import silent_ends as s; print(s(sys.argv[1], float(sys.argv[2])))' ;;
     esac

@@ -15,4 +15,15 @@ install_requirements requirements.txt
 use_cpu_ranks_without_gpu
 # Each job has one core; large blocks stay with the process, which saves a tenth of a training step's time on a CPU.
 export OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
-exec python -m study.main "$@"
+# Paths are relative to the folder of the user, but the study's own commands run in the repository.
+arguments=() names_a_path=""
+for argument in "$@"; do
+    case "$argument" in
+        --real_log|--work_dir|--results_dir) names_a_path=yes ;;
+        --*) names_a_path="" ;;
+        *) [ -z "$names_a_path" ] || argument="$(realpath -m -- "$argument")" ;;
+    esac
+    arguments+=("$argument")
+done
+cd "$ROOT"
+exec python -m study.main ${arguments[@]+"${arguments[@]}"}

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Install what the tests need and run them; arguments go to pytest.
+# Install what the tests need and run them; arguments go to pytest, with paths from the repository's root.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$ROOT"
 install_requirements requirements-dev.txt
 use_cpu_ranks_without_gpu
 export OMP_NUM_THREADS=1

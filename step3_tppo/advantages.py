@@ -1,4 +1,5 @@
-"""From rewards and values to advantages and returns. All tensors are (B, T) over response tokens.
+"""From rewards and values to advantages and returns; docs/method.md, section 5. All tensors are (B, T) over response
+tokens.
 
 Notation: r rewards, V values with V_t the value of the state before token t, m the response mask (True for the tokens
 that the actor chose, EOS included; right-padded), gamma_t the discount of what follows token t, lam GAE's lambda.

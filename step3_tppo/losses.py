@@ -1,4 +1,4 @@
-"""PPO's losses at every token. All tensors are (B, T) over response tokens; method, section 3.
+"""PPO's losses at every token. All tensors are (B, T) over response tokens; docs/method.md, section 5.
 
 Each loss is a **sum** over the response tokens of a micro-batch divided by `tokens`, the response tokens of the whole
 optimiser step over all ranks. A mean of micro-batch means would weigh a token in a short micro-batch more than one

@@ -1,4 +1,4 @@
-"""The reward of every token of a response, from word scores; method, section 3.
+"""The reward of every token of a response, from word scores; docs/method.md, section 4.
 
 One response at a time, on plain lists: a response has tens of tokens, and clarity is worth more than vectors here.
 The three reward levels hold the same total per response and differ in its place alone: at each token (TPPO), at each
@@ -20,7 +20,7 @@ MAX_WORD_SCORE = 2.0
 
 @dataclass(frozen=True, slots=True)
 class RewardOptions:
-    """How word scores become token rewards. Defaults are the method's; `raw` is neither centred nor normalised.
+    """How word scores become token rewards; docs/method.md, section 4.
 
     `num_queries` is k, the number of queries asked for. `suggested_length` (tokens) and `length_alpha` make the
     length-weighted penalty; alpha 1 switches it off. `list_cost` is the price of a missing line or a missing EOS, in

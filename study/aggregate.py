@@ -80,8 +80,9 @@ def both_decodings(a: Mapping[int, Record], b: Mapping[int, Record], judge: str)
 def compare(a: Mapping[int, Record], b: Mapping[int, Record], decoding: str, judge: str) -> dict[str, Any]:
     """a minus b on the seeds and users of both: relevance rate, recall, items won less items lost; win, tie, lose.
 
-    An item, one response of each to the same user, is won by more relevant queries (method, section 4). `unique_...`
-    counts a line that repeats an earlier one of its list as irrelevant. Intervals are over seeds and users.
+    An item, one response of each to the same user, is won by more relevant queries (docs/method.md, section 7).
+    `unique_...` counts a line that repeats an earlier one of its list as irrelevant. Intervals are over seeds and
+    users.
     """
     seeds = sorted(set(a) & set(b))
     k = queries_of(a[seeds[0]])

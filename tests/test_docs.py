@@ -17,7 +17,18 @@ from common.feedback.annotator import Annotation, FeedbackItem
 from common.feedback.own import OwnAnnotator
 from step2_token_reward.evaluation import METRIC_NAMES
 from step3_tppo.metrics import REWARD_PARTS
-from tests.commands import LAUNCHER, ROOT, SCRIPTS, flags_of, flags_of_script, module_name, modules, source
+from tests.commands import (
+    LAUNCHER,
+    PACKAGES,
+    ROOT,
+    SCRIPTS,
+    config_of,
+    flags_of,
+    flags_of_script,
+    module_name,
+    modules,
+    source,
+)
 
 PAGES = sorted(
     {
@@ -142,6 +153,33 @@ def test_a_wrong_command_is_found() -> None:
     assert [problem_with(words) for words in commands(right)] == [None, None]
 
 
+def cited_sections(text: str) -> list[int]:
+    """The sections of docs/method.md that a text cites. Raises `ValueError` for a citation in any other form."""
+    flat = re.sub(r"\s+(?:# )?", " ", text)
+    found = [int(number) for number in re.findall(r"\bdocs/method\.md, section (\d+)", flat)]
+    loose = re.findall(r"\bmethod, section \d|(?<![\w/(])method\.md|docs/method\.md(?!, section \d|\))", flat)
+    if loose:
+        raise ValueError(f"cite docs/method.md, section N, and not {loose}")
+    return found
+
+
+def test_every_section_of_the_method_that_is_cited_exists() -> None:
+    page = (ROOT / "docs/method.md").read_text(encoding="utf-8")
+    sections = [int(number) for number in re.findall(r"^## (\d+)\. \w", page, re.MULTILINE)]
+    assert sections == list(range(1, len(sections) + 1))
+    files = [path for package in (*PACKAGES, "tests") for path in (ROOT / package).rglob("*.py")]
+    cited = {path: cited_sections(path.read_text(encoding="utf-8")) for path in files if path != Path(__file__)}
+    assert len([path for path, numbers in cited.items() if numbers]) >= 10
+    assert not {path: numbers for path, numbers in cited.items() if set(numbers) - set(sections)}
+
+
+def test_a_citation_in_another_form_is_found() -> None:
+    assert cited_sections("see docs/method.md,\n# section 12; docs/method.md, section 3") == [12, 3]
+    for text in ("method, section 3", "that of method.md;", "docs/method.md says"):
+        with pytest.raises(ValueError, match="cite docs"):
+            cited_sections(text)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if fences(page, "python")], ids=lambda page: page.name)
 def test_python_snippets_of_a_page_compile(page: Path) -> None:
     for snippet in fences(page, "python"):
@@ -185,6 +223,48 @@ def test_curves_that_a_page_names_are_logged(page: str) -> None:
     named = re.findall(r"`(\w+)/(\w+)`", (ROOT / page).read_text(encoding="utf-8"))
     found = {f"{group}/{name}" for group, name in named if group in groups}
     assert len(found) > 5 and not found - logged
+
+
+def stated_defaults(page: Path) -> Iterator[tuple[str, str]]:
+    """Flags and their values in the tables of a page with a column `default`, where a row has as many of both."""
+    in_table = False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            in_table = False
+        elif "default" in cells[1:2]:
+            in_table = True
+        elif in_table:
+            flags = re.findall(r"`--(\w+)[^`]*`", cells[0])
+            values = [re.sub(r" *\(.*\)", "", value.strip()) for value in cells[1].split(",")]
+            if len(flags) == len(values):
+                yield from zip(flags, values, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("page", "module"),
+    [
+        ("step2_token_reward/README.md", "step2_token_reward.main"), ("step3_tppo/README.md", "step3_tppo.main"),
+        ("docs/using_the_model.md", "common.prediction.main"), ("docs/data_formats.md", "common.data.prepare"),
+    ],
+)  # fmt: skip
+def test_defaults_that_a_table_states_are_those_of_the_command(page: str, module: str) -> None:
+    """Numbers, switches and choices; a value in words (`none`, "the actor's") stands for one that is empty."""
+    config = config_of(module)()
+    stated = dict(stated_defaults(ROOT / page))
+    wrong = {}
+    for name, value in stated.items():
+        default = getattr(config, name)
+        if isinstance(default, bool):
+            right = value in (("on", "true") if default else ("off", "false"))
+        elif isinstance(default, int | float):
+            number = re.match(r"[\d.]+(e-?\d+)?", value)
+            right = default == (float(number.group()) if number else 0)
+        else:
+            right = value == default or not default
+        if not right:
+            wrong[name] = (value, default)
+    assert len(stated) >= 6 and not wrong
 
 
 def test_scripts_that_hand_their_flags_on_are_those_that_are_listed() -> None:

@@ -84,7 +84,7 @@ class EvaluateConfig(EndpointOptions, ModelOptions):
         choices=["sampled", "greedy", "both"],
     )
     temperature: float = option(1.0, "Of sampled decoding; 1 is the model's own distribution.")
-    batch_size: int = option(64, "Prompts generated at once; it takes part in what a seed draws.")
+    batch_size: int = option(64, "Responses decoded at once; with any, a seed draws the same, except for rounding.")
     resamples: int = option(10_000, "Bootstrap resamples behind each interval.", group="report")
     shown_examples: int = option(5, "Examples printed in report.md, drawn at random; they hold text from the log.")
     timings: list[str] = option(

@@ -16,7 +16,7 @@ from common.text import STOP_WORDS, normalise
 
 
 def relevance_rate(query_scores: Sequence[int], k: int) -> float:
-    """Share of the `k` queries asked for that score `RELEVANT_FROM` or more as sentences (0..2; method, section 4)."""
+    """Share of the `k` queries asked for whose score (0..2) is `RELEVANT_FROM` or more; docs/method.md, section 7."""
     return sum(score >= RELEVANT_FROM for score in query_scores[:k]) / k
 
 

@@ -96,7 +96,7 @@ def summarise(table: np.ndarray, rows: Sequence[Row], users: Sequence[str], inte
 def compare(later: np.ndarray, earlier: np.ndarray, users: Sequence[str], interval: Interval) -> dict[str, Any]:
     """Two systems on the same items: shares of items that the later one wins, ties and loses, and paired differences.
 
-    An item is won by more relevant queries among the first k (method, section 4). Differences are later minus
+    An item is won by more relevant queries among the first k (docs/method.md, section 7). Differences are later minus
     earlier, over the examples on which both are defined.
     """
     relevance = MEASURES.index("relevance_rate")

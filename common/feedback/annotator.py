@@ -1,7 +1,7 @@
 """Who scores words and queries: what an annotator gets, what it gives back, and what makes an answer valid.
 
-Scores are 0 irrelevant, 1 relevant, 2 very relevant (method, section 1). A query counts as relevant when its sentence
-score is at least `RELEVANT_FROM`. In every annotator a word that its query said before scores 0, as noise.
+Scores are 0 irrelevant, 1 relevant, 2 very relevant (docs/method.md, section 2). A query counts as relevant when its
+sentence score is at least `RELEVANT_FROM`. In every annotator a word that its query said before scores 0, as noise.
 """
 
 from __future__ import annotations

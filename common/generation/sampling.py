@@ -16,7 +16,7 @@ class Sampling:
     The model's own distribution is sampled at `temperature` (no top-k, nothing that its folder recommends); 0 is greedy
     decoding. `top_p` below 1 cuts the distribution to its likeliest tokens of that much mass: responses are then no
     samples of the policy, so step 3 keeps it at 1. `samples` responses are drawn for each prompt. What is drawn depends
-    on `seed`, the prompt's place and the sample's number alone, not on what shares a batch.
+    on these settings, the prompt's place and the sample's number, not on what shares a batch.
     """
 
     max_new_tokens: int

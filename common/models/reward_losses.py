@@ -1,4 +1,4 @@
-"""Losses of the token-level reward model (method, section 2), as pure functions.
+"""Losses of the token-level reward model (docs/method.md, section 3), as pure functions.
 
 Notation: B responses, T tokens, Q queries of the longest response, 3 classes (0 irrelevant, 1 relevant, 2 very
 relevant). `labels` (B, T) holds classes, `IGNORE_LABEL` outside the valid zone; `query_index` (B, T) holds the

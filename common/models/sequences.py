@@ -1,10 +1,10 @@
 """Prompts and responses as one padded batch, and the log-probs of the response tokens.
 
-Where things stand (method, section 3): a row is a prompt of P tokens and its response behind it, padded on the right.
-Response token t has position P + t; its log-prob is read from the logits at P + t - 1, and so is the value of the state
-in which it was chosen. Under causal attention no real token sees what is right of it, so a pass over such rows needs no
-mask, which is the fast path of every attention kernel, and positions count from 0. Masks are made from lengths, never
-from `ids != pad`: pad may be EOS.
+Where things stand (docs/method.md, section 1): a row is a prompt of P tokens and its response behind it, padded on the
+right. Response token t has position P + t; its log-prob is read from the logits at P + t - 1, and so is the value of
+the state in which it was chosen. Under causal attention no real token sees what is right of it, so a pass over such
+rows needs no mask, which is the fast path of every attention kernel, and positions count from 0. Masks are made from
+lengths, never from `ids != pad`: pad may be EOS.
 """
 
 from __future__ import annotations

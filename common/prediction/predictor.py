@@ -142,10 +142,11 @@ def scored_prediction(
 
 
 def rewards_of_tokens(response: DecodedTokens, words: Sequence[Word], word_scores: Sequence[float]) -> list[float]:
-    """What step 3, with its defaults, pays for words at each token of `response` (T,), guards and length penalty aside.
+    """What the words of `response` are worth at each token (T,), by step 3's defaults.
 
     A word with the score e in 0..2 in a query of n words is worth `(e - 1) / n`, divided over the tokens that hold its
-    characters; a query is worth -1..1.
+    characters; a query is worth -1..1. Step 3 divides this by `1 + sentence_coef` and adds the query's score, the
+    guards and the length penalty (docs/method.md, section 4).
     """
     sizes = Counter(word.line for word in words)
     centre = MAX_SCORE / 2

@@ -1,4 +1,4 @@
-"""Lemma 1 of the paper, and what a reward at every token is for."""
+"""Lemma 1 of the paper (docs/method.md, section 6), and what a reward at every token is for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ def test_a_tabular_policy_reaches_the_closed_form() -> None:
     """The maximiser of E[A - beta KL(pi || pi_ref)] is pi_ref exp(A / beta) / Z: one state, five actions.
 
     Every action is present once, weighted by its old probability, so that the gradient is exact and nothing is
-    sampled. The k1 KL in the reward is that of method.md; the baseline is the exact value of the state.
+    sampled. The k1 KL in the reward is that of docs/method.md, section 5; the baseline is the exact value of the
+    state.
     """
     torch.manual_seed(0)
     beta = 0.5

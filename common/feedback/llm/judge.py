@@ -1,7 +1,7 @@
 """The language model as judge: whole queries scored, and two systems' lists compared in both orders.
 
 Two levels, as in the paper: the sentence-level templates show queries alone, the token-and-sentence-level ones have
-words scored before queries and before the verdict (method, section 4).
+words scored before queries and before the verdict (docs/method.md, section 7).
 """
 
 from __future__ import annotations
