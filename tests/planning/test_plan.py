@@ -221,8 +221,8 @@ def test_a_users_own_zero_3_keeps_what_the_flags_zero_3_keeps(tiny: str, tmp_pat
 def test_the_command_runs_from_the_root_without_a_path_and_says_what_to_change(tiny: str) -> None:
     found = subprocess.run(
         [
-            sys.executable, "scripts/plan.py", "--step", "3", "--gpus", "2", "--gpu_memory", "3", "--actor_path", tiny,
-            "--max_prompt_tokens", "900",
+            sys.executable, "scripts/plan.py", "--step", "3", "--gpus", "2", "--gpu_memory", "1.9", "--actor_path",
+            tiny, "--max_prompt_tokens", "900",
         ],
         cwd=ROOT, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
