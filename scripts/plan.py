@@ -1,7 +1,7 @@
 """What a run will hold on each GPU, whether that fits, what to change if not, and how long it takes. Loads no weights.
 
-    python scripts/plan.py --step 3 --config step3_tppo/configs/8x80gb_full.yaml --gpus 8 --gpu_memory 80 \\
-        --actor_path PATH_OR_HUB_NAME [any flag of the step]
+    python scripts/plan.py --step 3 --config step3_tppo/configs/recipe.yaml step3_tppo/configs/8x80gb_full.yaml \\
+        --gpus 8 --gpu_memory 80 --actor_path PATH_OR_HUB_NAME [any flag of the step]
 
 Where models are named, a folder, a hub name, or a config.json will do: no weights are read. See docs/planning.md.
 """

@@ -1,7 +1,8 @@
 """Step 1: supervised fine-tuning (SFT).
 
-    deepspeed --num_gpus 8 step1_sft/main.py --config step1_sft/configs/8x80gb_lora.yaml --data_dir ... \\
-        --model_name_or_path ... --output_dir outputs/my_run/step1_sft
+    deepspeed --num_gpus 8 step1_sft/main.py \\
+        --config step1_sft/configs/recipe.yaml step1_sft/configs/8x80gb_lora.yaml \\
+        --model_name_or_path ... --data_dir ... --output_dir outputs/my_run/step1_sft
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Step 2: train the token-level reward model.
 
-    deepspeed --num_gpus 8 step2_token_reward/main.py --config step2_token_reward/configs/1x24gb_encoder.yaml \\
+    deepspeed --num_gpus 8 step2_token_reward/main.py \\
+        --config step2_token_reward/configs/recipe.yaml step2_token_reward/configs/1x24gb_encoder.yaml \\
         --samples outputs/my_run/step2_token_reward/samples/samples.jsonl \\
         --labels outputs/my_run/step2_token_reward/labels.jsonl \\
         --model_name_or_path ... --output_dir outputs/my_run/step2_token_reward/reward

@@ -1,6 +1,8 @@
 """Sample responses from the SFT model: what the annotator will label and the reward model will learn from.
 
-    deepspeed --num_gpus 8 step2_token_reward/sample.py --model_name_or_path outputs/my_run/step1_sft/model \\
+    deepspeed --num_gpus 8 step2_token_reward/sample.py \\
+        --config step2_token_reward/configs/recipe_sample.yaml step2_token_reward/configs/8x80gb_sample.yaml \\
+        --model_name_or_path outputs/my_run/step1_sft/model \\
         --data_dir outputs/my_run/data --output_dir outputs/my_run/step2_token_reward/samples
 
 The examples are cut into parts; ranks take turns, and each part is written as soon as it is done. A run that was killed

@@ -25,7 +25,6 @@ from common.evaluation.summary import MEASURES, Row, measure_table, score_rows
 from common.feedback.annotator import normalised_words
 from common.feedback.load import load_annotator
 from common.files import write_json
-from common.models.kernels import settle_dtype
 from common.models.loading import load_causal_lm
 from common.models.sequences import SequenceBatch, pad_sequences, response_scores
 from common.text import split_queries
@@ -38,6 +37,8 @@ EXAMPLES = 6  # responses that a record keeps for people to read
 class MeasureConfig(ModelOptions):
     """Measure one system: a model folder, or with --control a rule that needs none."""
 
+    # One precision on every machine: what is measured is compared with records from elsewhere.
+    dtype: str = option("fp32", "Precision of weights and activations.", choices=["fp32", "bf16"])
     model: str = option("", "Model folder.")
     control: str = option("", "Instead of a model.", choices=["", "copy_last", "user_frequent", "popularity"])
     reference: str = option("", "Model folder that the KL is measured to; empty: no KL.")
@@ -58,7 +59,7 @@ class MeasureConfig(ModelOptions):
 
 def main() -> None:
     """Generate, judge, write the record."""
-    config = settle_dtype(parse_config(MeasureConfig))
+    config = parse_config(MeasureConfig)
     if not config.output or not config.data_dir or bool(config.model) == bool(config.control):
         raise InputError("--output, --data_dir and one of --model and --control are needed")
     examples = load_examples(config.data_dir, config.split)[: config.max_examples or None]

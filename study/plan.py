@@ -2,6 +2,9 @@
 
 Names are folders: `s1/k3/sft` is the SFT model of seed 1 for three queries a response. What is measured has three
 parts in its name, `axis/s1/system`, and leaves a record; see `study.main`.
+
+Steps read their preset `tiny.yaml` without the `recipe.yaml` that it follows elsewhere. The recipe of step 3 holds what
+this study chose: an arm that leaves a setting to it would be trained with the outcome of the comparison.
 """
 
 from __future__ import annotations

@@ -89,20 +89,20 @@ def test_adapters_on_the_critic_are_advised_where_its_states_are_what_does_not_f
 
 
 def test_the_preset_of_24_gb_fits_a_model_of_3b_and_the_hosts_memory(tmp_path: Path) -> None:
-    preset = str(ROOT / "step3_tppo/configs/1x24gb_lora.yaml")
     actor = config_file("llama_3_3b", tmp_path)
-    plan = plan_step3(parse_config(Step3Config, _preset_flags(preset, actor, tmp_path)), Machine(1, 24 * GIB))
+    LongformerConfig(vocab_size=50_265, max_position_embeddings=4098, type_vocab_size=1).save_pretrained(
+        tmp_path / "reward"
+    )
+    models = ["--actor_path", actor, "--reward_path", str(tmp_path / "reward")]
+    flags = [*_preset_flags("step3_tppo", "1x24gb_lora"), *models, "--data_dir", "-", "--output_dir", "-"]
+    plan = plan_step3(parse_config(Step3Config, flags), Machine(1, 24 * GIB))
     assert plan.verdict == "fits" and plan.peak == pytest.approx(22.01 * GIB, rel=0.002)  # as docs/models.md says
     assert plan.host < 32 * GIB
 
 
-def _preset_flags(preset: str, actor: str, folder: Path) -> list[str]:
-    longformer = LongformerConfig(vocab_size=50_265, max_position_embeddings=4098, type_vocab_size=1)
-    longformer.save_pretrained(folder / "reward")
-    return [
-        "--config", preset, "--actor_path", actor, "--reward_path", str(folder / "reward"), "--data_dir", "-",
-        "--output_dir", "-",
-    ]  # fmt: skip
+def _preset_flags(step: str, name: str) -> list[str]:
+    configs = ROOT / step / "configs"
+    return ["--config", str(configs / "recipe.yaml"), str(configs / f"{name}.yaml")]
 
 
 def test_time_is_flops_over_what_is_achieved_and_decoding_waits_for_memory(tiny: str) -> None:
@@ -174,7 +174,7 @@ def test_what_is_not_needed_is_not_advised() -> None:
 
 def test_mistral_7b_fits_eight_gpus_of_80_gib_and_not_two(tmp_path: Path) -> None:
     path = config_file("mistral_7b", tmp_path)
-    flags = ["--config", str(ROOT / "step3_tppo/configs/8x80gb_full.yaml"), "--actor_path", path, "--reward_path", path]
+    flags = [*_preset_flags("step3_tppo", "8x80gb_full"), "--actor_path", path, "--reward_path", path]
     config = parse_config(Step3Config, [*flags, "--output_dir", "-", "--data_dir", "-"])
     plan = plan_step3(config, Machine(8, 80 * GIB))
     assert plan.verdict == "fits"
@@ -184,8 +184,8 @@ def test_mistral_7b_fits_eight_gpus_of_80_gib_and_not_two(tmp_path: Path) -> Non
 
 
 def test_adapters_of_llama_70b_fit_eight_gpus_that_its_states_would_not(tmp_path: Path) -> None:
-    flags = ["--config", str(ROOT / "step1_sft/configs/8x80gb_lora.yaml"), "--model_name_or_path"]
-    config = parse_config(SftConfig, [*flags, config_file("llama_3_70b", tmp_path)])
+    flags = [*_preset_flags("step1_sft", "8x80gb_lora"), "--model_name_or_path", config_file("llama_3_70b", tmp_path)]
+    config = parse_config(SftConfig, flags)
     plan = plan_step1(config, Machine(8, 80 * GIB))
     assert plan.verdict == "fits"
     load = plan.phases[0].parts
@@ -221,8 +221,8 @@ def test_a_users_own_zero_3_keeps_what_the_flags_zero_3_keeps(tiny: str, tmp_pat
 def test_the_command_runs_from_the_root_without_a_path_and_says_what_to_change(tiny: str) -> None:
     found = subprocess.run(
         [
-            sys.executable, "scripts/plan.py", "--step", "3", "--gpus", "2", "--gpu_memory", "3", "--actor_path", tiny,
-            "--max_prompt_tokens", "900",
+            sys.executable, "scripts/plan.py", "--step", "3", "--gpus", "2", "--gpu_memory", "1.9", "--actor_path",
+            tiny, "--max_prompt_tokens", "900",
         ],
         cwd=ROOT, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip

@@ -9,15 +9,18 @@ import pytest
 
 from baselines.dpo.config import DpoConfig
 from common.config import parse_config
+from common.files import read_json
 from step1_sft.config import SftConfig
 from step2_token_reward.config import Step2Config
 from step2_token_reward.label import LabelConfig
 from step2_token_reward.sample_config import SampleConfig
 from step3_tppo.config import Step3Config
-from study.jobs import Job
+from study.jobs import Job, fingerprints, shell_line
+from study.main import SHIPPED, shipped_settings
 from study.measure import MeasureConfig
 from study.parts import axis_jobs, budget_jobs, dpo_settings, main_jobs, ppo_settings, real_jobs, search_jobs
 from study.plan import Planner
+from study.records import Records, leaves_record
 from study.settings import ABLATIONS, COMPARED, FULL, PPO_SYSTEMS
 
 CHOSEN = {**{arm: ppo_settings({"credit": "short"}) for arm in COMPARED}, "dpo": dpo_settings({})}
@@ -53,6 +56,32 @@ def test_every_command_is_one_its_module_takes(jobs: dict[str, Job]) -> None:
         for module, flags in job.commands:
             if module in CONFIGS:
                 parse_config(CONFIGS[module], list(flags))
+
+
+def test_settings_that_commands_leave_open_are_those_that_the_records_were_made_with(jobs: dict[str, Job]) -> None:
+    """Fingerprints are made of commands: they miss a changed preset or default. `left_open.json` holds such settings.
+
+    `auto` reads both ways in a decoder, as the study's encoders are, and is fp32 on a CPU.
+    """
+    left_open = read_json(Path(__file__).with_name("left_open.json"))
+    for job in jobs.values():
+        for module, flags in job.commands:
+            kept = {name: value for name, value in left_open.get(module, {}).items() if f"--{name}" not in flags}
+            settings = _settings(job, module) if kept else {}
+            assert {name: settings[name] for name in kept} == kept, job.name
+
+
+def test_shipped_records_were_made_by_the_commands_that_are_planned() -> None:
+    planner = Planner(Path("outputs/study"), FULL)
+    search_jobs(planner)
+    for add in (main_jobs, budget_jobs, axis_jobs):
+        add(planner, FULL, shipped_settings())
+    marks, records = fingerprints(planner.jobs.values()), dict(Records(SHIPPED / "records").read())
+    recorded = {name: job for name, job in planner.jobs.items() if leaves_record(job)}
+    assert len(recorded) > 300
+    for name, job in recorded.items():
+        assert records[name]["commands"] == list(map(shell_line, job.commands)), name
+        assert records[name]["fingerprint"] == marks[name], name
 
 
 def test_step_3_settings_are_valid(jobs: dict[str, Job]) -> None:
