@@ -50,9 +50,9 @@ def generate_rows(
     """`samples` rows an example, in order: `{"id", "response", "finished", "tokens"}`; `tokens` counts EOS.
 
     `sampled` draws from the model's own distribution at `temperature`, `greedy` takes the likeliest token. The same
-    seed gives the same rows, whatever `batch_size` is (except for rounding, see `generate_responses`). `progress` is the
-    label of a progress bar; without it there is none. Raises `InputError` when a prompt and `max_new_tokens` do not fit
-    the model's positions.
+    seed gives the same rows, whatever `batch_size` is (except for rounding, see `generate_responses`). `progress` is
+    the label of a progress bar; without it there is none. Raises `InputError` when a prompt and `max_new_tokens` do not
+    fit the model's positions.
     """
     if decoding == "sampled" and temperature <= 0:
         raise InputError(f"temperature must be above 0 for sampled decoding, not {temperature}; see --decoding greedy")
