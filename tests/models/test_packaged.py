@@ -15,12 +15,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from common.config import ModelOptions
+from common.config import LoraOptions, ModelOptions
+from common.engine.adapters import merged_adapters
 from common.errors import InputError
 from common.models import packaged
-from common.models.loading import load_causal_lm, load_fast_tokenizer, load_tokenizer
+from common.models.loading import apply_lora, load_causal_lm, load_fast_tokenizer, load_tokenizer
 from common.models.packaged import PACKAGED_MODELS, PackagedModel, main, model_folder, unpack_package
 from tests.models.packaged_wheels import tiny_model, write_gguf, write_wheel
 
@@ -248,6 +249,32 @@ def test_smollm2_is_a_language_model_with_its_own_tokenizer(caches: Path) -> Non
     with torch.no_grad():
         perplexity = model(input_ids=tokens, labels=tokens).loss.exp().item()
     assert perplexity < 20, "7.3 when this was written; random weights have 49,152"
+    adapters_merge_and_leave_no_trace(model, tokens)
+
+
+def adapters_merge_and_leave_no_trace(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """A rollout's merge on these weights: the same answers as with the adapters beside them, and then the very bits."""
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    adapted = apply_lora(model, LoraOptions(lora_r=16, lora_alpha=32)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in adapted.named_parameters():
+            if "lora_B" in name:
+                value.normal_(0, 0.02, generator=generator)
+        beside = adapted(input_ids=tokens).logits
+        for _ in range(2):
+            with merged_adapters(adapted):
+                merged = adapted(input_ids=tokens).logits
+        again = adapted(input_ids=tokens).logits
+    assert torch.allclose(merged, beside, atol=1e-3) and not torch.equal(merged, beside)
+    assert torch.equal(again, beside)
+    after = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): value
+        for name, value in adapted.named_parameters()
+        if "lora_" not in name
+    }
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
 def test_minilm_is_a_sentence_encoder(caches: Path) -> None:
