@@ -44,6 +44,7 @@ MINIATURE = {
     "evaluate": {"max_examples": "24", "resamples": "200"},
 }  # fmt: skip
 PRETRAINED_MINIATURE = MINIATURE | {
+    "prepare": {"user_share": "0.2"},
     "step1": {"max_steps": "2"},
     "sample": {"max_train_examples": "12", "max_dev_examples": "4"},
     "step2": {"max_steps": "2"},
@@ -139,6 +140,7 @@ class Run:
             logs = [str(log / "sessions.jsonl")]
         # Real logs have few users, so that every window of a history is an example.
         windows = {"windows": "0"} if self._real_log else {}
+        windows |= self._cuts.get("prepare", {})
         prepare = self._module(
             "common.data.prepare", log_format=self.options.log_format, output_dir=self.data, overwrite=None, **windows
         )
