@@ -113,8 +113,12 @@ def closing_words(config: SftConfig) -> str:
         f"model:       {output}/model{adapter}\n"
         f"metrics:     {output}/metrics.jsonl\n"
         + (f"tensorboard: tensorboard --logdir {output}/tensorboard\n" if config.tensorboard else "")
-        + f"next:        deepspeed step2_token_reward/sample.py --model_name_or_path {output}/model "
-        f"--data_dir {config.data_dir} --output_dir {output.parent}/step2_token_reward/samples"
+        + "next:        bash step2_token_reward/launch/sample.sh "
+        "--config step2_token_reward/configs/recipe_sample.yaml "
+        f"--model_name_or_path {output}/model --data_dir {config.data_dir} "
+        f"--output_dir {output.parent}/step2_token_reward/samples --prompt_template {config.prompt_template} "
+        f"--num_queries {config.num_queries} --max_prompt_tokens {config.max_prompt_tokens} "
+        f"--max_response_tokens {config.max_response_tokens}"
     )
 
 

@@ -52,7 +52,7 @@ def main() -> None:
             config.output, {"first": first, "second": second, "responses": len(shared), **agreement.to_dict()}
         )
         print(f"\nmeasures: {config.output}")
-    print("\nnext: docs/ai_feedback.md, 'Trust it, or not', tells what these numbers mean and what to change")
+    print("\nnext: what these numbers mean and what to change stands in docs/ai_feedback.md, 'Trust it, or not'")
 
 
 def _read(path: str, samples: dict[str, dict[str, Any]]) -> tuple[dict[str, Annotation], str]:

@@ -101,7 +101,7 @@ def main() -> None:
         print(f"labels by {annotator.name}: {labels}")
         print(
             f"next: bash scripts/run_step2.sh --samples {config.samples} --labels {labels} "
-            "--config ... --output_dir ..."
+            f"--output_dir {labels.parent / 'reward'} --model_name_or_path ..."
         )
 
 

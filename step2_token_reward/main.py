@@ -136,7 +136,7 @@ def closing_words(config: Step2Config, metrics: dict[str, float | None]) -> str:
         f"metrics:     {output}/metrics.json, {output}/metrics.jsonl\n"
         + (f"tensorboard: tensorboard --logdir {output}/tensorboard\n" if config.tensorboard else "")
         + f"next:        bash scripts/run_step3.sh --reward_path {output}/model --actor_path ... --data_dir ... "
-        "--config ... --output_dir ..."
+        "--output_dir ..."
     )
 
 

@@ -1,8 +1,9 @@
 """Step 3: token-level PPO.
 
-    bash scripts/run_step3.sh --config step3_tppo/configs/recipe.yaml step3_tppo/configs/tiny.yaml \
-        --actor_path outputs/run/step1_sft/model --reward_path outputs/run/step2_token_reward/model \
-        --data_dir outputs/run/data --output_dir outputs/run/step3_tppo
+    deepspeed --num_gpus 8 step3_tppo/main.py \\
+        --config step3_tppo/configs/recipe.yaml step3_tppo/configs/8x80gb_full.yaml \\
+        --actor_path outputs/my_run/step1_sft/model --reward_path outputs/my_run/step2_token_reward/reward/model \\
+        --data_dir outputs/my_run/data --output_dir outputs/my_run/step3_tppo
 """
 
 from __future__ import annotations

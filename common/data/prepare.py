@@ -220,7 +220,8 @@ def summary(report: dict[str, Any], folder: Path) -> str:
         lines.append(line)
     lines.append(f"Examples: {folder}/train.jsonl, dev.jsonl, test.jsonl. Kept and dropped: {folder / REPORT_NAME}")
     lines.append(
-        f"next: bash scripts/run_step1.sh --data_dir {folder} --model_name_or_path ... --config ... --output_dir ..."
+        f"next: bash scripts/run_step1.sh --data_dir {folder} --output_dir {folder.parent / 'step1_sft'} "
+        "--model_name_or_path ..."
     )
     return "\n".join(lines)
 

@@ -58,8 +58,8 @@ def main() -> None:
     print(
         f"base model: {config.output_dir} ({model.num_parameters():,} parameters, {len(tokenizer)} tokens, "
         f"trained on {len(texts)} texts of {len(examples)} examples)\n"
-        "next: bash scripts/run_step1.sh --config step1_sft/configs/recipe.yaml step1_sft/configs/tiny.yaml "
-        f"--model_name_or_path {config.output_dir} --data_dir {config.data_dir} --output_dir ..."
+        f"next: bash scripts/run_step1.sh --model_name_or_path {config.output_dir} --data_dir {config.data_dir} "
+        f"--output_dir {Path(config.output_dir).parent / 'step1_sft'}"
     )
 
 

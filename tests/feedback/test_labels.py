@@ -225,7 +225,8 @@ def test_command_says_what_it_labelled(
         "words: 3 score 0, 1 score 1, 10 score 2",
         "relevant queries: 0.714 of 7 (all), 0.750 of 4 (gold), 0.667 of 3 (sample)",
         f"labels by lexical: {path}",
-        f"next: bash scripts/run_step2.sh --samples {samples} --labels {path} --config ... --output_dir ...",
+        f"next: bash scripts/run_step2.sh --samples {samples} --labels {path} "
+        f"--output_dir {path.parent / 'reward'} --model_name_or_path ...",
     ]
     assert len(read_labels(samples, path)) == 4
 

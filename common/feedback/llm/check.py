@@ -52,7 +52,7 @@ def main() -> None:
     print(f"{config.model} at {config.base_url} answers as it should")
     print(
         "next: python -m step2_token_reward.label --samples ... --labels ... --annotator llm "
-        f"--base_url {config.base_url} --model {config.model}   (--dry_run tells the cost first)"
+        f"--base_url {config.base_url} --model {config.model}   (with --dry_run: its cost alone)"
     )
 
 
