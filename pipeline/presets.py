@@ -116,9 +116,11 @@ def choose_preset(models: Models, hardware: Hardware, programs: Sequence[str] = 
         if not problem:
             return name, f"{what}; {where}; planned at most {', '.join(peaks)}"
         problems.append(f"{name}: {problem}")
+    # Step 2 trains all weights, also where steps 1 and 3 train adapters.
+    encoder = "" if models.reward else "start the reward model from an encoder (--reward_model), "
     raise InputError(
-        f"{what}, and no preset fits {where}: {'; '.join(problems)}. Take a smaller model or more GPUs, or choose with "
-        "--preset NAME and change what scripts/plan.py advises (docs/planning.md)"
+        f"{what}, and no preset fits {where}: {'; '.join(problems)}. Take a smaller model or more GPUs, {encoder}or "
+        "choose with --preset NAME and change what scripts/plan.py advises (docs/planning.md)"
     )
 
 
