@@ -73,9 +73,7 @@ def planned(preset: str, models: Models, hardware: Hardware) -> list[int]:
         ("0.5b", "", 1, 80, "8x80gb_full"),
         ("0.5b", "", 1, 24, "8x80gb_lora"),
         ("1.5b", "encoder", 1, 24, "1x24gb_lora"),
-        ("1.5b", "", 8, 80, "8x80gb_full"),
         ("8b", "", 8, 80, "8x80gb_full"),
-        ("8b", "encoder", 1, 80, "1x24gb_lora"),
         ("14b", "", 16, 80, "2x8x80gb_full"),
     ],
 )
