@@ -8,21 +8,25 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import InputError
+from common.errors import InputError, one_line
 
 CPU_RANKS = 2
 # Without one of these no GPU is asked for: that needs torch, whose import takes seconds.
 _DRIVERS = ("nvidia-smi", "rocm-smi")
-_HOST = re.compile(r"\S+\s+slots=(\d+)")
+_HOST = re.compile(r"(\S+)\s+slots=(\d+)")
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """`ranks` processes on all machines together, each with a GPU if there are `gpus` (a machine); `hostfile` or ''."""
+    """`ranks` processes on all machines together, each with a GPU if there are `gpus` (a machine).
+
+    With a `hostfile` there are `on_each` of them on every machine; 0: as many as it has slots.
+    """
 
     gpus: int
     ranks: int
     hostfile: str = ""
+    on_each: int = 0
 
     @property
     def launcher(self) -> str:
@@ -35,8 +39,10 @@ class Hardware:
 
     @property
     def flags(self) -> list[str]:
-        """What the deepspeed launcher is given."""
-        return ["--hostfile", self.hostfile] if self.hostfile else ["--num_gpus", str(self.ranks)]
+        """What the deepspeed launcher is given; it counts GPUs by machine."""
+        if not self.hostfile:
+            return ["--num_gpus", str(self.ranks)]
+        return ["--hostfile", self.hostfile, *(["--num_gpus", str(self.on_each)] if self.on_each else [])]
 
     def memory(self) -> int:
         """Bytes that a rank may take: its GPU's, or its share of the host's."""
@@ -57,31 +63,38 @@ class Hardware:
 
 def find_hardware(num_gpus: str, hostfile: str) -> Hardware:
     """What the flags ask for, on this machine if they name no other. Raises `InputError` where that is not there."""
-    gpus = count_gpus()
+    wanted = int(num_gpus) if num_gpus else 0
     if hostfile:
         slots = read_hostfile(hostfile)
-        return Hardware(gpus, min(int(num_gpus), min(slots)) * len(slots) if num_gpus else sum(slots), hostfile)
-    if num_gpus and int(num_gpus) < 1:
-        raise InputError(f"--num_gpus must be 1 or more, not {num_gpus}")
-    if gpus and num_gpus and int(num_gpus) > gpus:
+        if wanted > min(slots):
+            raise InputError(f"--num_gpus {num_gpus}: a machine in {hostfile} has {min(slots)} slots")
+        return Hardware(count_gpus(), wanted * len(slots) or sum(slots), hostfile, wanted)
+    gpus = count_gpus()
+    if gpus and wanted > gpus:
         raise InputError(f"--num_gpus {num_gpus}: this machine has {gpus}")
-    return Hardware(gpus, int(num_gpus) if num_gpus else gpus or CPU_RANKS)
+    return Hardware(gpus, wanted or gpus or CPU_RANKS)
 
 
 def read_hostfile(path: str) -> list[int]:
     """The slots of each machine in a hostfile of `NAME slots=N` lines. Raises `InputError` with file and line."""
-    slots = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    slots: dict[str, int] = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--hostfile {path}: {one_line(error)}; see scripts/hostfile.example") from None
+    for number, line in enumerate(lines, start=1):
         line = line.partition("#")[0].strip()
         if not line:
             continue
         found = _HOST.fullmatch(line)
-        if found is None or int(found[1]) < 1:
+        if found is None or int(found[2]) < 1:
             raise InputError(f"{path}:{number}: expected `NAME slots=N` with N of 1 or more, found {line[:80]!r}")
-        slots.append(int(found[1]))
+        if found[1] in slots:
+            raise InputError(f"{path}:{number}: {found[1]} is there twice; give its slots in one line")
+        slots[found[1]] = int(found[2])
     if not slots:
         raise InputError(f"{path}: names no machine; write a line `NAME slots=N` for each")
-    return slots
+    return list(slots.values())
 
 
 def count_gpus() -> int:

@@ -9,16 +9,25 @@ A stage that is done leaves its seconds in `stages/NAME.json` in the run's folde
 from __future__ import annotations
 
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.config import parse_config
 from common.errors import DEBUG_FLAG, InputError, run_command
 from common.files import empty_folder
-from pipeline.hardware import Hardware, find_hardware
-from pipeline.options import PipelineOptions, keep_settings, parse_options, settle
-from pipeline.presets import AUTO, ROOT, SETTINGS, Models, choose_preset, config_files
+from pipeline.hardware import find_hardware
+from pipeline.options import (
+    OF_A_RUN,
+    SETTINGS_NAME,
+    PipelineOptions,
+    keep_settings,
+    looks_like_a_path,
+    parse_options,
+    settle,
+)
+from pipeline.presets import AUTO, ROOT, SETTINGS, Models, choose_preset, config_files, is_encoder, possible_presets
 from pipeline.processes import run_process, run_stage
 from pipeline.stages import INPUTS, STEP_FOLDERS, Run, Stage, flag_value
 
@@ -30,30 +39,50 @@ def main() -> None:
     if step and {"-h", "--help"} & set(argv):
         show_help(step)
     given, flags = parse_options(argv, step)
-    hardware = find_hardware(given.num_gpus, given.hostfile)
-    if step and len(own_inputs(step, flags)) == len(INPUTS[step]):
-        run_alone(step, given, flags, hardware)
+    own = own_inputs(step, flags) if step else []
+    if step and len(own) == len(INPUTS[step]):
+        run_alone(step, given, flags)
         return
     options = settle(given, anew=given.overwrite and step is None)
+    hardware = find_hardware(given.num_gpus, given.hostfile)
     models = Models(options.model, options.reward_model)
-    # Under any preset of its kind: the user's flags are checked before a model is asked for its size.
-    first = options.preset if options.preset != AUTO else "cpu_lora" if models.base else "tiny"
-    for stage in wanted_stages(Run(options, hardware, models, first, step, flags), step, flags):
-        stage.check()
-    claim(options, step, flags)
+    candidates = [options.preset] if options.preset != AUTO else possible_presets(models, hardware)
+    runs = [Run(options, hardware, models, preset, step, flags) for preset in candidates]
+    # Before a model is fetched or measured, which takes long.
+    wanted = check_any([lambda run=run: wanted_stages(run, step, own) for run in runs])
+    refuse_to_replace(runs[0], step)
 
     models = named_models(models)
-    preset, reason = (options.preset, "") if options.preset != AUTO else choose_preset(models, hardware)
-    print(f"preset: {preset}" + (f" ({reason})" if reason else ""), flush=True)
+    preset = candidates[-1]
+    # A step whose settings are the user's own needs no preset, and there may be none that fits.
+    if options.preset == AUTO and not (options.config and len(wanted) == 1):
+        preset, reason = choose_preset(models, hardware)
+        print(f"preset: {preset} ({reason})", flush=True)
     run = Run(options, hardware, models, preset, step, flags)
-    wanted = wanted_stages(run, step, flags)
-    keep_settings(options)
+    wanted = check_any([lambda: wanted_stages(run, step, own)])
     announce(run, wanted, step)
+    make_room(run, step)
+    keep_settings(options)
     for stage in wanted:
         run_stage(run.folder, stage)
     if step is None and run_process([sys.executable, "-m", "common.pages.report", "--run", str(run.folder)]):
         print(f"warning: {run.folder}/report.html could not be drawn", file=sys.stderr)
     print(closing_words(run, step))
+
+
+def check_any(ways: Sequence[Callable[[], list[Stage]]]) -> list[Stage]:
+    """The stages of the first of these ways whose settings can work. Raises the last one's `InputError` if none can."""
+    for place, stages_of in enumerate(ways, start=1):
+        try:
+            stages = stages_of()
+            for stage in stages:
+                stage.check()
+        except InputError:
+            if place == len(ways):
+                raise
+        else:
+            return stages
+    raise ValueError("no way is given")
 
 
 def show_help(step: int) -> None:
@@ -66,72 +95,100 @@ def show_help(step: int) -> None:
 
 
 def own_inputs(step: int, flags: Sequence[str]) -> list[str]:
-    """The inputs of the step that a user names."""
-    return [name for name in INPUTS[step] if flag_value(flags, name)]
-
-
-def run_alone(step: int, options: PipelineOptions, flags: Sequence[str], hardware: Hardware) -> None:
-    """Run a step on inputs of the user's own, outside of any run's folder."""
-    for name in INPUTS[step]:
+    """The inputs of the step that a user names. Raises `InputError` for one that is not there."""
+    given = [name for name in INPUTS[step] if flag_value(flags, name)]
+    for name in given:
         path = flag_value(flags, name)
-        if name in ("data_dir", "samples", "labels") and not Path(path).exists():
+        is_file = name in ("data_dir", "samples", "labels")
+        if (is_file or looks_like_a_path(path)) and not Path(path).exists():
             raise InputError(f"--{name} {path}: no such file or folder")
-    program, model = f"step{step}", flag_value(flags, INPUTS[step][0])
-    models = Models(model, model if step == 2 and options.reward_model else "")
-    preset = options.preset or AUTO
-    stage = Run(options, hardware, models, "tiny", step, flags).alone(options.config)
-    stage.check()
-    if not options.config:
-        if preset == AUTO:
-            preset, reason = choose_preset(models, hardware)
-            print(f"preset: {preset} ({reason})", flush=True)
-        stage = Run(options, hardware, models, preset, step, flags).alone(
-            config_files(program, preset, models, hardware)
+    return given
+
+
+def run_alone(step: int, options: PipelineOptions, flags: Sequence[str]) -> None:
+    """Run a step on inputs of the user's own, outside of any run's folder. Raises `InputError`."""
+    if unused := [f"--{name}" for name in OF_A_RUN if getattr(options, name)]:
+        raise InputError(
+            f"{', '.join(unused)}: not for a step whose inputs are all given "
+            f"({', '.join(f'--{name}' for name in INPUTS[step])}); leave them out, or some of the inputs"
         )
-        stage.check()
+    hardware = find_hardware(options.num_gpus, options.hostfile)
+    program, model = f"step{step}", flag_value(flags, INPUTS[step][0])
+    models = Models(model, flag_value(flags, "reward_path") if step == 3 else "")
+
+    def stages_under(preset: str) -> list[Stage]:
+        files = options.config or config_files(program, preset, models, hardware)
+        return [Run(options, hardware, models, preset, step, flags).alone(files)]
+
+    auto = options.preset in ("", AUTO)
+    candidates = possible_presets(models, hardware) if auto else [options.preset]
+    (stage,) = check_any([lambda preset=preset: stages_under(preset) for preset in candidates])
+    if auto and not options.config:
+        models = named_models(models)
+        if step == 2 and is_encoder(model):
+            models = Models(models.base, models.base)
+        preset, reason = choose_preset(models, hardware, [program])
+        print(f"preset: {preset} ({reason})", flush=True)
+        (stage,) = check_any([lambda: stages_under(preset)])
     if status := run_process(stage.command):
         raise SystemExit(status)
 
 
-def wanted_stages(run: Run, step: int | None, flags: Sequence[str]) -> list[Stage]:
+def wanted_stages(run: Run, step: int | None, own_inputs: Sequence[str]) -> list[Stage]:
     """What is to be run: everything that is not done; up to a step, if one is asked for.
 
     Raises `InputError` where a user names some of a step's inputs and the run lacks the others.
     """
-    stages = run.stages()
+    stages, overwrite = run.stages(), run.options.overwrite
     if step is None:
-        return [stage for stage in stages if stage.name == "evaluate" or not run.is_done(stage)]
+        return [stage for stage in stages if stage.name == "evaluate" or overwrite or not run.is_done(stage)]
     own = [stage for stage in stages if stage.step == step]
-    if given := own_inputs(step, flags):
-        lacking = [f"--{name}" for name, path in run.inputs(step).items() if name not in given and not path.exists()]
+    if own_inputs:
+        others = {name: path for name, path in run.inputs(step).items() if name not in own_inputs}
+        lacking = [f"--{name}" for name, path in others.items() if run.holds(path) and not path.exists()]
         if lacking:
             raise InputError(
                 f"{', '.join(lacking)} missing: {run.folder} has none. Give it too, or leave "
-                f"{', '.join(f'--{name}' for name in given)} out, and the run's own is made"
+                f"{', '.join(f'--{name}' for name in own_inputs)} out, and the run's own is made"
             )
         return own[-1:]
+    anew = overwrite and not run.writes_elsewhere
     return [stage for stage in stages if stage.step < step and not run.is_done(stage)] + [
-        stage for stage in own if run.options.overwrite or not run.is_done(stage)
+        stage for stage in own if anew or not run.is_done(stage)
     ]
 
 
-def claim(options: PipelineOptions, step: int | None, flags: Sequence[str]) -> None:
-    """Refuse to write over what is there, unless asked to. Raises `InputError`."""
-    if step and flag_value(flags, "output_dir"):
-        return  # that folder is main.py's to claim
-    folder = options.folder / STEP_FOLDERS[step] if step else options.folder
-    if folder.is_dir() and any(folder.iterdir()) and not options.resume:
-        if not options.overwrite:
-            raise InputError(
-                f"{folder} exists; add --resume to go on with it, --overwrite to replace it, or another --run_name"
-            )
-        empty_folder(folder)
-        for record in (options.folder / "stages").glob(f"step{step}_*.json") if step else ():
-            record.unlink()
-    later = [options.folder / name for number, name in STEP_FOLDERS.items() if step and number > step]
-    if options.overwrite and (stale := [str(path) for path in later if path.exists()]):
+def refuse_to_replace(run: Run, step: int | None) -> None:
+    """Raise `InputError` where the run's folder, or the step's, holds something that the user has not given up."""
+    folder, options = claimed_folder(run, step), run.options
+    if folder is None or not folder.is_dir() or not any(folder.iterdir()) or options.resume:
+        return
+    if not options.overwrite:
+        raise InputError(
+            f"{folder} exists; add --resume to go on with it, --overwrite to replace it, or another --run_name"
+        )
+    if step is None and not (folder / SETTINGS_NAME).is_file():
+        raise InputError(f"{folder}: not the folder of a run (no {SETTINGS_NAME}); choose another --run_name")
+
+
+def make_room(run: Run, step: int | None) -> None:
+    """With --overwrite, empty the folder of the run, or of the step."""
+    folder = claimed_folder(run, step)
+    if not run.options.overwrite or folder is None or not folder.is_dir():
+        return
+    empty_folder(folder)
+    for record in (run.folder / "stages").glob(f"step{step}_*.json") if step else ():
+        record.unlink()
+    later = [run.folder / name for number, name in STEP_FOLDERS.items() if step and number > step]
+    if stale := [str(path) for path in later if path.exists()]:
         print(f"note: {' and '.join(stale)} were made from what is replaced now", flush=True)
-    options.folder.mkdir(parents=True, exist_ok=True)
+
+
+def claimed_folder(run: Run, step: int | None) -> Path | None:
+    """The folder that the command writes; None for one of the user's own, which is main.py's to claim."""
+    if step is None:
+        return run.folder
+    return None if run.writes_elsewhere else run.folder / STEP_FOLDERS[step]
 
 
 def named_models(models: Models) -> Models:
@@ -146,6 +203,8 @@ def announce(run: Run, wanted: Sequence[Stage], step: int | None) -> None:
     for earlier in sorted({stage.step for stage in wanted if step and stage.step < step}):
         what = f"step {earlier} has no output" if earlier else "there are no examples"
         print(f"{what} in {run.folder} yet: made first", flush=True)
+    if not wanted:
+        print(f"step {step} is done in {run.folder}; --overwrite makes it anew", flush=True)
     for command in run.endpoint_checks() if {"step2_label", "evaluate"} & {stage.name for stage in wanted} else ():
         if status := run_process(command):
             raise SystemExit(status)
@@ -157,7 +216,7 @@ def closing_words(run: Run, step: int | None) -> str:
     if step:
         following = f"run_step{step + 1}.sh" if step < 3 else "run_all.sh --resume"
         named = "" if run.options.run_name == "demo" else f" --run_name {run.options.run_name}"
-        return f"\nnext         bash {os.path.relpath(ROOT)}/scripts/{following}{named}"
+        return f"\nnext         bash {shlex.quote(os.path.relpath(ROOT / 'scripts'))}/{following}{named}"
     return f"""
 models       SFT {run.sft}, reward {run.reward}, TPPO {run.tppo}
 report       {folder}/report.html (curves, warnings, examples), {folder}/report.md, {folder}/report.json

@@ -19,6 +19,8 @@ from common.files import read_json, write_json
 
 ANNOTATORS = ("simulated", "lexical", "llm")
 LLM_ONLY = ("base_url", "annotator_model", "judge_model", "judge_url", "llm_flags")
+# What a step whose inputs are all the user's has no use for.
+OF_A_RUN = ("run_name", "log", "log_format", "model", "reward_model", "annotator", *LLM_ONLY)
 # What a folder of the run is made from: once that is there, a command may leave the flag out, but not change it.
 MADE_FROM = {
     "log": "data", "log_format": "data", "model": "data", "miniature": "data",
@@ -66,19 +68,20 @@ class PipelineOptions:
 def parse_options(argv: Sequence[str], step: int | None) -> tuple[PipelineOptions, list[str]]:
     """The options in `argv`, and the flags that are not ours: those of `step`'s main.py; for None there may be none.
 
-    Raises `InputError` for a flag that cannot be.
+    Raises `InputError` for a flag that cannot be, and for a file or folder that is not there.
     """
     parser = _parser(step)
-    if step is None:
-        return PipelineOptions(**vars(parser.parse_args(argv))), []
-    known, rest = parser.parse_known_args(argv)
-    return PipelineOptions(**vars(known)), rest
+    known, rest = (parser.parse_args(argv), []) if step is None else parser.parse_known_args(argv)
+    options = PipelineOptions(**vars(known))
+    _check_given(options)
+    return options, rest
 
 
 def settle(options: PipelineOptions, anew: bool = False) -> PipelineOptions:
-    """`options` with what an earlier command of the same run was given, unless it begins `anew`, and with the defaults,
-    all of it checked. Raises `InputError`."""
-    _check_given(options)
+    """`options` with what an earlier command of the same run was given, unless it begins `anew`, and with the defaults.
+
+    Raises `InputError` for options that contradict each other or the run.
+    """
     run_name = options.run_name or ("log" if options.log else "demo")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_name):
         raise InputError(f"--run_name {run_name!r} may hold letters, digits, . _ - and begins with a letter or digit")
@@ -123,6 +126,8 @@ def _with_settings_of_the_run(options: PipelineOptions) -> PipelineOptions:
     changes = {}
     for name, value in kept.items():
         given = getattr(options, name)
+        if name in LLM_ONLY and options.annotator not in ("", kept["annotator"]):
+            continue  # of an annotator that is replaced
         if not given:
             changes[name] = value
         elif given != value and name in MADE_FROM and (options.folder / MADE_FROM[name]).exists():
@@ -134,7 +139,9 @@ def _with_settings_of_the_run(options: PipelineOptions) -> PipelineOptions:
 
 
 def _flag(name: str, value: object) -> str:
-    return f"--{name} {json.dumps(value) if isinstance(value, bool | list) else value or 'at its default'}"
+    if isinstance(value, list):
+        value = " ".join(value)
+    return f"--{name} {json.dumps(value) if isinstance(value, bool) else value or 'at its default'}"
 
 
 def _check_given(options: PipelineOptions) -> None:
@@ -146,6 +153,8 @@ def _check_given(options: PipelineOptions) -> None:
         for path in filter(None, paths):
             if not Path(path).exists():
                 raise InputError(f"--{flag} {path}: no such file")
+    if options.num_gpus.isdecimal() and int(options.num_gpus) < 1:
+        raise InputError(f"--num_gpus must be 1 or more, not {options.num_gpus}")
     for name in ("num_gpus", "seed"):
         value = getattr(options, name)
         if value and not value.isdecimal():

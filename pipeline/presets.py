@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,12 +45,14 @@ BY_SIZE = (
 # Where step 2's file has another name than the one of steps 1 and 3.
 REWARD_FILES = {"1x24gb_lora": "1x24gb_encoder", "8x80gb_lora": "8x80gb_full", "70b_lora": "8x80gb_full"}
 SAMPLE_FILES = {"tiny": "tiny_sample", "cpu_lora": "cpu_lora_sample", "1x24gb_lora": "1x24gb_sample"}
-ENCODERS = {"cpu": "cpu_lora", "gpu": "1x24gb_encoder"}
+ON_CPU = "cpu_lora"
+ENCODERS = {"cpu": ON_CPU, "gpu": "1x24gb_encoder"}
+STEPS = ("step1", "step2", "step3")
 
 
 class Models(NamedTuple):
-    """What a run tunes: the base model, '' for one that is made from the log, and what the reward model starts from, ''
-    for step 1's model. Folders or hub names."""
+    """What a run tunes: the base model, '' for one that is made from the log, and the reward model, or what it starts
+    from, '' for step 1's model. Folders or hub names."""
 
     base: str
     reward: str
@@ -82,8 +84,16 @@ def config_files(program: str, preset: str, models: Models, hardware: Hardware) 
     return [str(settings.folder / settings.recipe), str(path)]
 
 
-def choose_preset(models: Models, hardware: Hardware) -> tuple[str, str]:
-    """The preset of a run, and the reason in one line.
+def possible_presets(models: Models, hardware: Hardware) -> list[str]:
+    """Every preset that `choose_preset` may choose, whatever the size of the model."""
+    if not models.base:
+        return ["tiny"]
+    on_gpus = dict.fromkeys(name for _, names in BY_SIZE for name in names)
+    return ["tiny", *(on_gpus if hardware.gpus else (ON_CPU,))]
+
+
+def choose_preset(models: Models, hardware: Hardware, programs: Sequence[str] = STEPS) -> tuple[str, str]:
+    """The preset for these programs of a run, and the reason in one line.
 
     Raises `InputError` where no preset's plan fits the machine.
     """
@@ -92,61 +102,77 @@ def choose_preset(models: Models, hardware: Hardware) -> tuple[str, str]:
     # The planner needs torch: what comes before it fails, or is chosen, at once.
     from common.planning.models import ModelSpec, weights_of
 
-    size = weights_of(ModelSpec(models.base, "causal_lm"), trained=False).total
+    kind = "token_classifier" if list(programs) == ["step2"] else "causal_lm"
+    size = weights_of(ModelSpec(models.base, kind, eager=True), trained=False).total  # every model has that kernel
     if size <= MADE_FROM_LOG:
         return "tiny", f"{models.base} has {size:,} parameters, so that it was made from a log"
     what = f"{models.base} is pretrained and has {_count(size)} parameters"
     memory = hardware.memory()
     where = f"{hardware} with {memory / 2**30:.1f} GiB{' each' if hardware.ranks > 1 else ''}"
-    names = next(names for limit, names in BY_SIZE if size <= limit) if hardware.gpus else ("cpu_lora",)
+    names = next(names for limit, names in BY_SIZE if size <= limit) if hardware.gpus else (ON_CPU,)
     problems = []
     for name in names:
-        peaks, problem = _plan(name, models, hardware, memory)
+        peaks, problem = _plan(name, models, hardware, programs, memory)
         if not problem:
             return name, f"{what}; {where}; planned at most {', '.join(peaks)}"
         problems.append(f"{name}: {problem}")
+    # Step 2 trains all weights, also where steps 1 and 3 train adapters.
+    encoder = "" if models.reward else "start the reward model from an encoder (--reward_model), "
     raise InputError(
-        f"{what}, and no preset fits {where}: {'; '.join(problems)}. Take a smaller model or more GPUs, or choose with "
-        "--preset NAME and change what scripts/plan.py advises (docs/planning.md)"
+        f"{what}, and no preset fits {where}: {'; '.join(problems)}. Take a smaller model or more GPUs, {encoder}or "
+        "choose with --preset NAME and change what scripts/plan.py advises (docs/planning.md)"
     )
 
 
-def _plan(name: str, models: Models, hardware: Hardware, memory: int) -> tuple[list[str], str]:
+def is_encoder(model: str) -> bool:
+    """Whether a model for step 2 is an encoder, whose settings are others than a decoder's."""
+    from common.models.token_reward import reads_causally
+    from common.planning.models import ModelSpec, meta_model
+
+    return not reads_causally(meta_model(ModelSpec(model, "token_classifier", eager=True)))
+
+
+def _plan(
+    name: str, models: Models, hardware: Hardware, programs: Sequence[str], memory: int
+) -> tuple[list[str], str]:
     """The planned peaks of the steps under a preset, and why it does not fit ('' if it does)."""
     from common.planning.plan import Machine, shown
 
     machine = Machine(hardware.ranks, memory, cuda=bool(hardware.gpus))
     peaks = []
-    for step, (config, plan) in enumerate(_planned_steps(name, models, hardware), start=1):
-        if step == 3:
+    for program, config, plan in _planned_steps(name, models, hardware, programs):
+        if isinstance(config, Step3Config):
             try:
                 config.validate(hardware.ranks)
             except InputError as error:
                 return peaks, str(error)
         found = plan(config, machine)
         if found.peak > memory:
-            return peaks, f"step {step} needs {shown(found.peak)} in {found.fullest.name}"
-        peaks.append(f"{shown(found.peak)} in step {step}")
+            return peaks, f"step {program[-1]} needs {shown(found.peak)} in {found.fullest.name}"
+        peaks.append(f"{shown(found.peak)} in step {program[-1]}")
     return peaks, ""
 
 
-def _planned_steps(name: str, models: Models, hardware: Hardware) -> Iterator[tuple[Any, Callable[..., Any]]]:
+def _planned_steps(
+    name: str, models: Models, hardware: Hardware, programs: Sequence[str]
+) -> Iterator[tuple[str, Any, Callable[..., Any]]]:
     from common.models.kernels import settle_dtype
     from step1_sft.planning import plan_step1
     from step2_token_reward.planning import plan_step2
     from step3_tppo.planning import plan_step3
 
+    plans = {"step1": plan_step1, "step2": plan_step2, "step3": plan_step3}
     there = {"output_dir": "-", "data_dir": "-", "samples": "-", "labels": "-"}  # what no plan reads
     given = {
         "step1": {"model_name_or_path": models.base},
         "step2": {"model_name_or_path": models.scorer},
         "step3": {"actor_path": models.base, "reward_path": models.scorer},
     }
-    for program, plan in (("step1", plan_step1), ("step2", plan_step2), ("step3", plan_step3)):
+    for program in programs:
         config = parse_config(SETTINGS[program].config, ["--config", *config_files(program, name, models, hardware)])
         fields = {field.name for field in dataclasses.fields(config)}
         values = {key: value for key, value in (there | given[program]).items() if key in fields}
-        yield settle_dtype(dataclasses.replace(config, **values)), plan
+        yield program, settle_dtype(dataclasses.replace(config, **values)), plans[program]
 
 
 def _count(size: float) -> str:

@@ -17,12 +17,16 @@ FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def run_stage(folder: Path, stage: Stage) -> None:
-    """Run a stage, and note its seconds in `folder`/stages. A failure ends the command with the stage's own status."""
+    """Run a stage, and note its seconds in `folder`/stages, unless what it makes is no part of the run.
+
+    A failure ends the command with the stage's own status.
+    """
     print(f"== {stage.name}", flush=True)
     begun = time.monotonic()
     if status := run_process(stage.command):
         raise SystemExit(status)
-    write_json(folder / "stages" / f"{stage.name}.json", {stage.name: round(time.monotonic() - begun)})
+    if stage.recorded:
+        write_json(folder / "stages" / f"{stage.name}.json", {stage.name: round(time.monotonic() - begun)})
 
 
 def run_process(command: Sequence[str]) -> int:

@@ -58,14 +58,18 @@ PRETRAINED_MINIATURE = MINIATURE | {
 
 @dataclass(frozen=True)
 class Stage:
-    """A command of a run, the step that it belongs to, and what it makes; `check` raises `InputError` for settings that
-    cannot work."""
+    """A command of a run, the step that it belongs to, and what it makes in the run's folder.
+
+    `check` raises `InputError` for settings that cannot work. A stage that is not `recorded` writes to a folder of the
+    user's own, so that it is never done.
+    """
 
     name: str
     step: int
     command: Sequence[str]
     makes: Path
     check: Callable[[], Any] = field(default=lambda: None)
+    recorded: bool = True
 
 
 class Run:
@@ -102,7 +106,15 @@ class Run:
 
     def is_done(self, stage: Stage) -> bool:
         """Whether a stage ended well and what it made is still there."""
-        return (self.folder / "stages" / f"{stage.name}.json").is_file() and stage.makes.exists()
+        record = self.folder / "stages" / f"{stage.name}.json"
+        return stage.recorded and record.is_file() and stage.makes.exists()
+
+    @property
+    def writes_elsewhere(self) -> bool:
+        """Whether the user's --output_dir for the step is another folder than the run's."""
+        given = flag_value(self._flags, "output_dir")
+        own = {1: self.sft, 2: self.reward, 3: self.tppo}
+        return bool(self._step and given) and Path(given).resolve() != own[self._step].parent.resolve()
 
     def inputs(self, step: int) -> dict[str, Path]:
         """The run's own inputs of a step, by the flags of its main.py."""
@@ -112,6 +124,10 @@ class Run:
             "reward_path": self.reward, "model_name_or_path": self.sft if step == 2 else base,
         }  # fmt: skip
         return {name: own[name] for name in INPUTS[step]}
+
+    def holds(self, path: Path) -> bool:
+        """Whether a path lies in the run's folder; a model's name does not."""
+        return path.is_relative_to(self.folder)
 
     def endpoint_checks(self) -> list[list[str]]:
         """Commands that ask the annotator and the judge for an answer, where these are language models."""
@@ -126,8 +142,9 @@ class Run:
         """The step that the user asks for, on nothing but his own flags and these settings files."""
         program = f"step{self._step}"
         seed = {"seed": self.options.seed} if self.options.seed else {}
-        flags = [*(["--config", *files] if files else []), *_flags(**seed), *self._flags]
-        return self._launched(f"step{self._step}", program, flags, Path())
+        given = seed | self._cuts.get(program, {})
+        flags = ["--config", *files, *_flags(**given), *self._flags]
+        return self._launched(program, program, flags, Path(), alone=True)
 
     def _data_stages(self) -> list[Stage]:
         stages = []
@@ -202,7 +219,8 @@ class Run:
     @cached_property
     def _tppo_flags(self) -> list[str]:
         # A critic reads the actor's tokens, so that it can start from a reward model with the same tokenizer alone.
-        critic = {} if self._models.reward else {"critic_path": self.reward}
+        other = self._models.reward or (self._step == 3 and flag_value(self._flags, "reward_path"))
+        critic = {} if other else {"critic_path": self.reward}
         return self._program(
             "step3", actor_path=self.sft, reward_path=self.reward, data_dir=self.data, output_dir=self.tppo.parent,
             **critic,
@@ -265,14 +283,15 @@ class Run:
         return [*(["--config", *files] if files else []), *_flags(**flags), *mine]
 
     def _launched(
-        self, name: str, program: str, flags: Sequence[str], makes: Path, launcher: str = ""
+        self, name: str, program: str, flags: Sequence[str], makes: Path, launcher: str = "", alone: bool = False
     ) -> Stage:
         step = int(name[len("step")])
         script = ROOT / STEP_FOLDERS[step] / "launch" / f"{launcher or self._hardware.launcher}.sh"
         # What the run holds was made under the same settings; a folder of the user's own is his to decide on.
-        begun = ["--resume"] if flag_value(flags, "output_dir") == str(makes.parent) else self._asked
+        recorded = not (alone or (program == f"step{self._step}" and self.writes_elsewhere))
+        begun = ["--resume"] if recorded else self._asked
         command = ["bash", str(script), *flags, *begun, *self._hardware.flags]
-        return Stage(name, step, command, makes, lambda: self._check(program, flags))
+        return Stage(name, step, command, makes, lambda: self._check(program, flags), recorded)
 
     @property
     def _asked(self) -> list[str]:

@@ -18,11 +18,21 @@ install_requirements() {
         local python
         python="$(command -v python3.11 || command -v python3)" || { echo "error: no python3 found" >&2; exit 2; }
         echo "making the virtual environment $venv with $python"
-        "$python" -m venv "$venv"
+        # Debian's python3 without its package python3-venv leaves a half-made folder behind.
+        if ! "$python" -m venv "$venv" > /dev/null || ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
+            rm -rf "$venv"
+            echo "error: $python cannot make a virtual environment with pip; install it (Debian: apt install" \
+                "python3-venv), or set TPPO_VENV to an environment that has it" >&2
+            exit 2
+        fi
     fi
     local stamp="$venv/.$1.installed" sum
     sum="$(cat "$ROOT/requirements.txt" "$file" | cksum)"
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$sum" ]; then
+        if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
+            echo "error: $venv has no pip; delete it, so that it is made anew, or set TPPO_VENV to another" >&2
+            exit 2
+        fi
         echo "installing $1"
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file"
         echo "$sum" > "$stamp"
@@ -43,10 +53,11 @@ use_cpu_ranks_without_gpu() {
 # launch deepspeed FLAGS... SCRIPT FLAGS...: run the deepspeed launcher, hand signals on to its ranks, and say which ranks
 # ended without a message. Launcher flags that stand behind SCRIPT (a user's "$@") are moved before it, where they win.
 launch() {
-    local launcher=("$1") script="" flags=() output="" begun
+    local launcher=("$1") script="" flags=() output="" hostfile="" begun
     begun="$(date +%s)"
     shift
     while [ $# -gt 0 ]; do
+        case "$1" in --hostfile) hostfile="${2:-}" ;; --hostfile=*) hostfile="${1#*=}" ;; esac
         case "$1" in
             --num_gpus|--num_nodes|--hostfile|--include|--exclude|--master_addr|--master_port|--launcher|--launcher_args)
                 [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
@@ -59,6 +70,11 @@ launch() {
                 if [ -z "$script" ]; then launcher+=("$1"); else flags+=("$1"); fi; shift ;;
         esac
     done
+    # Without this deepspeed would train on this machine alone.
+    if [ -n "$hostfile" ] && [ ! -f "$hostfile" ]; then
+        echo "error: --hostfile $hostfile: no such file; scripts/hostfile.example shows one" >&2
+        exit 2
+    fi
     case " ${flags[*]} " in *" --help "*|*" -h "*) python "$script" --help; return ;; esac # once, not once a rank
     case " ${launcher[*]} " in
         *--master_port*|*--hostfile*) ;;

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("common", "step1_sft", "step2_token_reward", "step3_tppo", "baselines", "study", "benchmarks", "scripts")
-# What a script hands its flags to, beside those of its own.
+# What a script hands its flags to; those that start the pipeline take its flags too.
 SCRIPTS = {
     "run_step1.sh": "step1_sft.main",
     "run_step2.sh": "step2_token_reward.main",
@@ -74,12 +74,14 @@ def fields_of(config: type) -> set[str]:
 
 @cache
 def flags_of_script(name: str) -> set[str]:
-    """The flags that scripts/`name` takes: those of its `case` and those of the command that it starts."""
-    text = (ROOT / "scripts" / name).read_text(encoding="utf-8")
-    cases = [line for line in text.splitlines() if re.match(r" +[-|\w]+\)", line)]
-    own = set(re.findall(r"--(\w+)", "\n".join(cases)))
-    handed_on = flags_of(SCRIPTS[name]) if name in SCRIPTS else set()
-    return own | handed_on | (LAUNCHER if "launch " in text else set())
+    """The flags that the script `name`, from the root, takes: those of the command that it starts, or of several."""
+    path = ROOT / name
+    if path.parent.name == "launch":
+        program = "sample" if path.name == "sample.sh" else "main"
+        return flags_of(f"{path.parent.parent.name}.{program}") | LAUNCHER
+    handed_on = flags_of(SCRIPTS[path.name]) if path.name in SCRIPTS else set()
+    pipeline = flags_of("pipeline.options") - {"config"} if "pipeline.main" in path.read_text(encoding="utf-8") else set()
+    return handed_on | pipeline
 
 
 def source(module: str) -> str:

@@ -91,10 +91,9 @@ def problem_with(words: list[str]) -> str | None:
     elif not (ROOT / words[place]).is_file():
         return f"no file {words[place]}"
     elif words[place].endswith(".sh"):
-        name = Path(words[place]).name
-        if name == "run_tests.sh":  # pytest's flags
+        if Path(words[place]).name == "run_tests.sh":  # pytest's flags
             return None
-        known = flags_of_script(name)
+        known = flags_of_script(words[place])
     else:
         known = flags_of(module_name(ROOT / words[place]))
     flags = {word[2:].split("=")[0] for word in words[place + 1 :] if word.startswith("--")}
@@ -145,6 +144,9 @@ def test_a_wrong_command_is_found() -> None:
         "PYTHONPATH=. python -m common.data.nowhere": "no module common.data.nowhere",
         "bash scripts/run_step3.sh --num_gpus 8 --actor a": "no flags ['actor']",
         "bash scripts/run_all.sh --logs a": "no flags ['logs']",
+        "bash scripts/run_all.sh --total_steps 5 --config a.yaml": "no flags ['config', 'total_steps']",
+        "bash step1_sft/launch/single_gpu.sh --num_gpus 1 --total_steps 5": "no flags ['total_steps']",
+        "bash step2_token_reward/launch/sample.sh --labels a --data_dir b": "no flags ['labels']",
         "bash scripts/nowhere.sh": "no file scripts/nowhere.sh",
         "srun bash -c 'RANK=1 exec python step1_sft/main.py --x 1' || { true; }": "no flags ['x']",
     }.items():

@@ -13,6 +13,7 @@ from common.files import (
     claim_output_dir,
     digest,
     mend_last_line,
+    read_json,
     read_jsonl,
     write_json,
     write_jsonl,
@@ -83,6 +84,20 @@ def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="not the output of a run"):
             claim(tmp_path, {}, **flags)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_folder_that_is_a_link_is_emptied_and_stays_one(tmp_path: Path) -> None:
+    """An output folder may be a link to a larger disk; links inside it are removed, what they lead to is not."""
+    disk, other, link = tmp_path / "disk", tmp_path / "other", tmp_path / "link"
+    claim_output_dir(disk, {"a": 1}, resume=False, overwrite=False)
+    (disk / "deep" / "folder").mkdir(parents=True)
+    other.mkdir()
+    (other / "kept").touch()
+    (disk / "elsewhere").symlink_to(other)
+    link.symlink_to(disk)
+    claim_output_dir(link, {"a": 2}, resume=False, overwrite=True)
+    assert link.is_symlink() and [path.name for path in disk.iterdir()] == [RUN_CONFIG_NAME]
+    assert read_json(disk / RUN_CONFIG_NAME) == {"a": 2} and (other / "kept").is_file()
 
 
 def test_what_quotes_users_is_for_its_owner_alone_and_settings_take_the_umask(tmp_path: Path) -> None:

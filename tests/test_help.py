@@ -54,15 +54,22 @@ def test_every_command_shows_each_setting_with_its_default(
         assert field.metadata["help"].split()[0] in entry
 
 
-@pytest.mark.parametrize(("script", "own"), [("run_all.sh", "The main job, end to end"), ("run_step1.sh", "usage: ")])
-def test_scripts_explain_themselves_once_and_start_no_ranks(script: str, own: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "usages", "shown"),
+    [
+        ("scripts/run_all.sh", ["bash scripts/run_all.sh"], ["--log ", "The main job, end to end"]),
+        ("scripts/run_step1.sh", ["bash scripts/run_step1.sh", "main.py"], ["--log ", "--config ", "--learning_rate"]),
+        ("step1_sft/launch/cpu.sh", ["main.py"], ["--learning_rate"]),
+    ],
+)
+def test_scripts_explain_themselves_once_and_start_no_ranks(script: str, usages: list[str], shown: list[str]) -> None:
     environment = os.environ | {"TPPO_VENV": "none"}
     ran = subprocess.run(
-        ["bash", f"scripts/{script}", "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        ["bash", script, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert ran.stdout.startswith(own) and ran.stdout.count(own) == 1
-    assert "--seed" in ran.stdout
+    assert re.findall(r"^usage: (.*?)(?: \[|$)", ran.stdout, re.MULTILINE) == usages
+    assert ran.stdout.startswith("usage: ") and not [text for text in [*shown, "--seed"] if text not in ran.stdout]
 
 
 @dataclasses.dataclass

@@ -38,7 +38,7 @@ ALLOWED = {
 
 def unexpected(step: int, flags: Sequence[str]) -> list[str]:
     """The lines that a run of the step's script prints and that are not allowed."""
-    script = ["bash", f"scripts/run_step{step}.sh", "--num_gpus", "2", *flags]
+    script = ["bash", f"scripts/run_step{step}.sh", "--preset", "none", "--num_gpus", "2", *flags]
     settings = environment() | {"TPPO_VENV": "none"}
     ended = subprocess.run(
         script, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300

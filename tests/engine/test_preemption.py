@@ -37,13 +37,13 @@ def test_one_signalled_rank_stops_all() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_the_script_saves_and_asks_to_be_queued_again(number: signal.Signals, tmp_path: Path) -> None:
-    """`run_step3.sh` hands the signal on to the ranks, and their status back to whoever started it."""
+    """`run_step3.sh`, the pipeline and the launcher hand the signal on to the ranks, and their status back."""
     inputs = write_inputs(tmp_path / "inputs")
     straight, output = tmp_path / "straight", tmp_path / "run"
     run_successfully(inputs, straight, *FLAGS)
     launch = command(inputs, output, *FLAGS)
     flags = launch[launch.index("step3_tppo/main.py") + 1 :]
-    script = ["bash", "scripts/run_step3.sh", "--num_gpus", "2", *flags]
+    script = ["bash", "scripts/run_step3.sh", "--preset", "none", "--num_gpus", "2", *flags]
     process = subprocess.Popen(
         script, env=environment() | {"TPPO_VENV": "none"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -149,7 +149,7 @@ def test_an_own_function_has_a_place_where_annotators_have_names(tmp_path: Path)
     ("name", "message"),
     [
         ("oracle", "--annotator oracle is none of simulated, lexical, llm, nor of the form FILE.py:FUNCTION"),
-        ("missing.py:score", "missing.py: no such file"),
+        ("missing.py:score", "error: --annotator missing.py:score: no such file as missing.py"),
     ],
 )
 def test_the_main_job_refuses_an_annotator_that_is_none_before_it_begins(name: str, message: str) -> None:

@@ -1,0 +1,81 @@
+"""scripts/environment.sh: a virtual environment without pip, and the flags that reach the deepspeed launcher."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path("scripts/environment.sh").resolve()
+
+
+def bash(command: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`command` after the script is sourced, with the programs in tmp_path/bin before all others."""
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", f'set -euo pipefail; source "$0"; {command}', str(SCRIPT)], cwd=tmp_path, text=True,
+        env=os.environ | {"PATH": path} | environment, capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def program(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / "bin" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+
+
+# As Debian's python3 without python3-venv: the folder is there, pip is not, and the exit status is 1, or 0.
+NO_PIP = """
+case "$*" in
+    "-m venv "*) mkdir -p "$3/bin"; printf '#!/usr/bin/env bash\\nexit 1\\n' > "$3/bin/python"; chmod +x "$3/bin/python"
+        exit "$STATUS" ;;
+esac
+exit 1
+"""
+
+
+@pytest.mark.parametrize("status", ["0", "1"])
+def test_a_virtual_environment_without_pip_is_not_left_behind(tmp_path: Path, status: str) -> None:
+    program(tmp_path, "python3.11", NO_PIP)
+    for _ in range(2):
+        ended = bash("install_requirements requirements.txt", tmp_path, TPPO_VENV=str(tmp_path / "venv"), STATUS=status)
+        assert ended.returncode == 2
+        assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+        assert "cannot make a virtual environment with pip" in ended.stderr and "python3-venv" in ended.stderr
+        assert not (tmp_path / "venv").exists()
+
+
+def test_one_without_pip_that_was_there_is_named_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "venv").mkdir()
+    program(tmp_path / "venv", "python", "exit 1")
+    ended = bash("install_requirements requirements.txt", tmp_path, TPPO_VENV=str(tmp_path / "venv"))
+    assert ended.returncode == 2 and f"error: {tmp_path}/venv has no pip; delete it" in ended.stderr
+    assert (tmp_path / "venv" / "bin" / "python").exists()
+
+
+def launched(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """What a stand-in for the deepspeed launcher is given."""
+    program(tmp_path, "deepspeed", 'printf "%s\\n" "$@"')
+    return bash(f"launch deepspeed {' '.join(words)}", tmp_path)
+
+
+def test_launcher_flags_are_moved_before_the_script_and_win(tmp_path: Path) -> None:
+    ended = launched(tmp_path, "--num_gpus", "2", "main.py", "--a", "b.py", "--num_gpus", "3", "--master_port=5", "'c d'")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == [
+        "--num_gpus", "2", "--num_gpus", "3", "--master_port=5", "--log_level", "error", "--no_local_rank", "main.py",
+        "--a", "b.py", "c d",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", [("--hostfile", "missing.txt"), ("--hostfile=missing.txt",)])
+def test_a_hostfile_that_is_missing_is_refused(tmp_path: Path, flag: tuple[str, ...]) -> None:
+    (tmp_path / "hosts").write_text("a slots=1\n")
+    ended = launched(tmp_path, "--hostfile", "hosts", "main.py", *flag)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "error: --hostfile missing.txt: no such file; scripts/hostfile.example shows one\n"
+    ended = launched(tmp_path, *flag, "main.py", "--hostfile", "hosts")
+    assert ended.returncode == 0 and ended.stdout, ended.stderr
