@@ -192,10 +192,13 @@ def claimed_folder(run: Run, step: int | None) -> Path | None:
 
 
 def named_models(models: Models) -> Models:
-    """The folders of models that are given by a short name; others as they are."""
+    """The folders of models that are given by a short name, others as they are; and what the reward model can read."""
+    from common.models.loading import load_model_config
     from common.models.packaged import model_folder
 
-    return Models(*(name and model_folder(name) for name in models))
+    base, reward = (name and model_folder(name) for name in (models.base, models.reward))
+    config = load_model_config(reward) if reward else None
+    return Models(base, reward, getattr(config, "max_position_embeddings", 0) or 0)
 
 
 def announce(run: Run, wanted: Sequence[Stage], step: int | None) -> None:

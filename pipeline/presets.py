@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ SAMPLE_FILES = {"tiny": "tiny_sample", "cpu_lora": "cpu_lora_sample", "1x24gb_lo
 ON_CPU = "cpu_lora"
 ENCODERS = {"cpu": ON_CPU, "gpu": "1x24gb_encoder"}
 STEPS = ("step1", "step2", "step3")
+SPECIAL_TOKENS = 16  # room for separators, and for positions that a family does not use (RoBERTa: 2)
 
 
 class Models(NamedTuple):
@@ -56,6 +58,7 @@ class Models(NamedTuple):
 
     base: str
     reward: str
+    reward_positions: int = 0  # that the reward model's encoder has; 0: no limit, or not known yet
 
     @property
     def scorer(self) -> str:
@@ -82,6 +85,23 @@ def config_files(program: str, preset: str, models: Models, hardware: Hardware) 
         known = sorted(file.stem for file in settings.folder.glob("*.yaml") if not file.stem.startswith("recipe"))
         raise InputError(f"--preset {preset}: no such file in {settings.folder}; there are {', '.join(known)}")
     return [str(settings.folder / settings.recipe), str(path)]
+
+
+def adaptations(program: str, files: Sequence[str], models: Models) -> dict[str, str]:
+    """The flags by which the settings files of `program` meet what is there, and not what they were written for.
+
+    Flash attention gives way to torch's own kernel where it is not installed; a history is cut to what an encoder with
+    few positions can read beside the response (BERT's family: 512).
+    """
+    config = parse_config(SETTINGS[program].config, ["--config", *files])
+    flags = {}
+    if config.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        flags["attn_implementation"] = "sdpa"
+    if program == "step2" and models.reward_positions:
+        room = models.reward_positions - config.max_response_tokens - SPECIAL_TOKENS
+        if room < config.max_prompt_tokens:
+            flags["max_prompt_tokens"] = str(room)
+    return flags
 
 
 def possible_presets(models: Models, hardware: Hardware) -> list[str]:
@@ -169,7 +189,9 @@ def _planned_steps(
         "step3": {"actor_path": models.base, "reward_path": models.scorer},
     }
     for program in programs:
-        config = parse_config(SETTINGS[program].config, ["--config", *config_files(program, name, models, hardware)])
+        files = config_files(program, name, models, hardware)
+        flags = [f"--{flag}={value}" for flag, value in adaptations(program, files, models).items()]
+        config = parse_config(SETTINGS[program].config, ["--config", *files, *flags])
         fields = {field.name for field in dataclasses.fields(config)}
         values = {key: value for key, value in (there | given[program]).items() if key in fields}
         yield program, settle_dtype(dataclasses.replace(config, **values)), plans[program]

@@ -12,7 +12,7 @@ from typing import Any
 from common.config import parse_config
 from pipeline.hardware import Hardware
 from pipeline.options import PipelineOptions
-from pipeline.presets import ROOT, SETTINGS, Models, config_files
+from pipeline.presets import ROOT, SETTINGS, Models, adaptations, config_files
 from step1_sft.config import check_config as check_step1
 from step2_token_reward.config import check_config as check_step2
 from step2_token_reward.sample_config import check_config as check_sample
@@ -142,7 +142,8 @@ class Run:
         """The step that the user asks for, on nothing but his own flags and these settings files."""
         program = f"step{self._step}"
         seed = {"seed": self.options.seed} if self.options.seed else {}
-        given = seed | self._cuts.get(program, {})
+        adapted = {} if self.options.config else adaptations(program, files, self._models)
+        given = adapted | seed | self._cuts.get(program, {})
         flags = ["--config", *files, *_flags(**given), *self._flags]
         return self._launched(program, program, flags, Path(), alone=True)
 
@@ -272,6 +273,8 @@ class Run:
         own = self.options.config if self._step and name == f"step{self._step}" else []
         files = own or config_files(name, self._preset, self._models, self._hardware)
         flags = {"seed": self.options.seed, **paths}
+        if not own:
+            flags |= adaptations(name, files, self._models)
         if self._real_log and self._preset == "tiny":
             flags |= TINY_ON_A_REAL_LOG
             if name == "step2":

@@ -14,6 +14,7 @@ from common.engine.memory import WeightMode, cache_bytes, free_bytes, mode_that_
 from common.errors import InputError, one_line
 from common.files import read_json
 from common.models.loading import has_attention
+from common.models.reward_encoder import usable_positions
 from common.models.reward_options import RewardInputOptions
 from common.models.sequences import without_wrapper
 from common.models.token_reward import SETTINGS_NAME, token_classifier_skeleton
@@ -160,7 +161,7 @@ class Step3Plan:
         if self._reference is not None:
             passes["reference scoring"] = (self._reference, scoring_pass(self._reference.spec, rows))
         passes["critic scoring"] = (self._critic, scoring_pass(self._critic.spec, rows))
-        tokens = reward_tokens(config)
+        tokens = reward_tokens(config, self._reward.spec)
         size = min(config.scoring_batch_size, self._responses)
         phases = [self._scored(name, model, found, times) for name, (model, found) in passes.items()]
         reward = classifier_pass(self._reward.spec, size, tokens)
@@ -282,11 +283,14 @@ def reward_spec(config: Step3Config, zero3: bool) -> ModelSpec:
     )
 
 
-def reward_tokens(config: Step3Config) -> int:
-    """Tokens of a row that the reward model reads."""
+def reward_tokens(config: Step3Config, spec: ModelSpec) -> int:
+    """Tokens of a row that the reward model reads; of one that step 2 has still to make, at most its positions."""
     inputs = _reward_settings(config).get("inputs")
-    limits = RewardInputOptions(**inputs) if inputs else config
-    return limits.max_prompt_tokens + limits.max_response_tokens
+    if inputs:
+        limits = RewardInputOptions(**inputs)
+        return limits.max_prompt_tokens + limits.max_response_tokens
+    tokens = config.max_prompt_tokens + config.max_response_tokens
+    return min(tokens, usable_positions(meta_model(spec)) or tokens)
 
 
 def _reward_settings(config: Step3Config) -> dict:

@@ -123,7 +123,7 @@ def pad_right(rows: Sequence[Any], value: int) -> torch.Tensor:
 
 
 def _check_positions(model: PreTrainedModel, max_tokens: int) -> None:
-    positions = _usable_positions(model)
+    positions = usable_positions(model)
     if positions is not None and max_tokens > positions:
         raise InputError(
             f"history, response and special tokens may be {max_tokens} tokens, but the reward model has {positions} "
@@ -131,7 +131,7 @@ def _check_positions(model: PreTrainedModel, max_tokens: int) -> None:
         )
 
 
-def _usable_positions(model: PreTrainedModel) -> int | None:
+def usable_positions(model: PreTrainedModel) -> int | None:
     """How many tokens the model can place; None when it sets no limit."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import LongformerConfig, Qwen2Config, Qwen3Config
+from transformers import BertConfig, LongformerConfig, Qwen2Config, Qwen3Config
 
 from common.errors import InputError
 from common.planning.plan import Machine
@@ -15,6 +15,7 @@ from pipeline.presets import (
     EMPTY,
     Models,
     _planned_steps,
+    adaptations,
     choose_preset,
     config_files,
     is_encoder,
@@ -135,6 +136,31 @@ def test_one_step_alone_is_planned_alone(folder: Path, monkeypatch: pytest.Monke
     assert is_encoder(encoder) and not is_encoder(str(folder / "0.5b"))
     _, reason = choose_preset(Models(encoder, encoder), hardware, ["step2"])
     assert "in step 2" in reason and "step 1" not in reason
+
+
+def test_flash_attention_gives_way_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, hardware = Models("m", ""), Hardware(8, 8)
+    files = {program: config_files(program, "8x80gb_full", models, hardware) for program in ("step1", "step3")}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert adaptations("step3", files["step3"], models) == {"attn_implementation": "sdpa"}
+    assert adaptations("step1", files["step1"], models) == {}, "its preset asks for sdpa"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert adaptations("step3", files["step3"], models) == {}
+
+
+def test_a_history_is_cut_to_what_an_encoder_can_read_beside_the_response(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """all-MiniLM-L6 has 512 positions, and the preset of one GPU reads 1024 tokens of history and 128 of response."""
+    BertConfig(architectures=["BertForMaskedLM"], num_hidden_layers=6).save_pretrained(folder / "bert")
+    models, hardware = Models(str(folder / "1.5b"), str(folder / "bert"), 512), gpus(monkeypatch, 1, 24)
+    files = config_files("step2", "1x24gb_lora", models, hardware)
+    assert adaptations("step2", files, models) == {"max_prompt_tokens": "368"}
+    assert adaptations("step2", files, models._replace(reward_positions=4096)) == {}
+    assert adaptations("step3", config_files("step3", "1x24gb_lora", models, hardware), models) == {}
+    on_cpu = config_files("step2", "cpu_lora", models, Hardware(0, 2))
+    assert adaptations("step2", on_cpu, models) == {}, "192 and 128 fit"
+    assert choose_preset(models, hardware)[0] == "1x24gb_lora"
 
 
 def test_settings_files_of_a_preset() -> None:
