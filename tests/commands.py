@@ -80,8 +80,9 @@ def flags_of_script(name: str) -> set[str]:
         program = "sample" if path.name == "sample.sh" else "main"
         return flags_of(f"{path.parent.parent.name}.{program}") | LAUNCHER
     handed_on = flags_of(SCRIPTS[path.name]) if path.name in SCRIPTS else set()
-    pipeline = flags_of("pipeline.options") - {"config"} if "pipeline.main" in path.read_text(encoding="utf-8") else set()
-    return handed_on | pipeline
+    if "pipeline.main" in path.read_text(encoding="utf-8"):
+        handed_on = handed_on | (flags_of("pipeline.options") - {"config"})
+    return handed_on
 
 
 def source(module: str) -> str:

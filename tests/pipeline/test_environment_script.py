@@ -63,7 +63,8 @@ def launched(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_launcher_flags_are_moved_before_the_script_and_win(tmp_path: Path) -> None:
-    ended = launched(tmp_path, "--num_gpus", "2", "main.py", "--a", "b.py", "--num_gpus", "3", "--master_port=5", "'c d'")
+    flags = ("--num_gpus", "2", "main.py", "--a", "b.py", "--num_gpus", "3", "--master_port=5", "'c d'")
+    ended = launched(tmp_path, *flags)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == [
         "--num_gpus", "2", "--num_gpus", "3", "--master_port=5", "--log_level", "error", "--no_local_rank", "main.py",
