@@ -53,7 +53,7 @@ use_cpu_ranks_without_gpu() {
 # launch deepspeed FLAGS... SCRIPT FLAGS...: run the deepspeed launcher, hand signals on to its ranks, and say which ranks
 # ended without a message. Launcher flags that stand behind SCRIPT (a user's "$@") are moved before it, where they win.
 launch() {
-    local launcher=("$1") script="" flags=() output="" hostfile="" begun
+    local launcher=("$1") script="" flags=() output="" hostfile="" gpus="" begun
     begun="$(date +%s)"
     shift
     while [ $# -gt 0 ]; do
@@ -61,8 +61,9 @@ launch() {
         case "$1" in
             --num_gpus|--num_nodes|--hostfile|--include|--exclude|--master_addr|--master_port|--launcher|--launcher_args)
                 [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
-                launcher+=("$1" "$2"); shift 2 ;;
-            --num_gpus=*|--num_nodes=*|--hostfile=*|--include=*|--exclude=*|--master_addr=*|--master_port=*|--launcher=*|--launcher_args=*)
+                if [ "$1" = --num_gpus ]; then gpus="$2"; else launcher+=("$1" "$2"); fi; shift 2 ;;
+            --num_gpus=*) gpus="${1#*=}"; shift ;;
+            --num_nodes=*|--hostfile=*|--include=*|--exclude=*|--master_addr=*|--master_port=*|--launcher=*|--launcher_args=*)
                 launcher+=("$1"); shift ;;
             *.py) if [ -z "$script" ]; then script="$1"; else flags+=("$1"); fi; shift ;;
             *)
@@ -70,6 +71,14 @@ launch() {
                 if [ -z "$script" ]; then launcher+=("$1"); else flags+=("$1"); fi; shift ;;
         esac
     done
+    case " ${launcher[*]} " in *" --include"*|*" --exclude"*) gpus="" ;; esac # those choose GPUs by themselves
+    # Given a number of GPUs, deepspeed ignores which ones the user allows: the first so many of those are named instead.
+    if [ -z "$hostfile" ] && [ "${DS_ACCELERATOR:-}" != cpu ] && [[ "$gpus:${CUDA_VISIBLE_DEVICES:-}" =~ ^[0-9]+:[0-9,]+$ ]]
+    then
+        launcher+=(--include "localhost:$(cut -d, -f "-$gpus" <<< "$CUDA_VISIBLE_DEVICES")")
+    elif [ -n "$gpus" ]; then
+        launcher+=(--num_gpus "$gpus")
+    fi
     # Without this deepspeed would train on this machine alone.
     if [ -n "$hostfile" ] && [ ! -f "$hostfile" ]; then
         echo "error: --hostfile $hostfile: no such file; scripts/hostfile.example shows one" >&2

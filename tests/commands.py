@@ -80,8 +80,9 @@ def flags_of_script(name: str) -> set[str]:
         program = "sample" if path.name == "sample.sh" else "main"
         return flags_of(f"{path.parent.parent.name}.{program}") | LAUNCHER
     handed_on = flags_of(SCRIPTS[path.name]) if path.name in SCRIPTS else set()
-    starts_pipeline = "pipeline.main" in path.read_text(encoding="utf-8")
-    return handed_on | (flags_of("pipeline.options") - {"config"} if starts_pipeline else set())
+    if "pipeline.main" in path.read_text(encoding="utf-8"):
+        handed_on = handed_on | (flags_of("pipeline.options") - {"config"})
+    return handed_on
 
 
 def source(module: str) -> str:

@@ -63,13 +63,33 @@ def launched(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_launcher_flags_are_moved_before_the_script_and_win(tmp_path: Path) -> None:
-    flags = ("--a", "b.py", "--num_gpus", "3", "--master_port=5", "'c d'")
-    ended = launched(tmp_path, "--num_gpus", "2", "main.py", *flags)
+    flags = ("--num_gpus", "2", "main.py", "--a", "b.py", "--num_gpus", "3", "--master_port=5", "'c d'")
+    ended = launched(tmp_path, *flags)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == [
-        "--num_gpus", "2", "--num_gpus", "3", "--master_port=5", "--log_level", "error", "--no_local_rank", "main.py",
+        "--master_port=5", "--num_gpus", "3", "--log_level", "error", "--no_local_rank", "main.py",
         "--a", "b.py", "c d",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("visible", "accelerator", "given"),
+    [
+        ("2,3,5", "", ["--include", "localhost:2,3"]),
+        ("2,3", "cpu", ["--num_gpus", "2"]),
+        ("", "", ["--num_gpus", "2"]),
+        ("GPU-8c1f,GPU-77aa", "", ["--num_gpus", "2"]),  # names, which deepspeed does not take
+    ],
+)
+def test_gpus_are_taken_from_those_that_the_user_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, accelerator: str, given: list[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("DS_ACCELERATOR", accelerator)
+    ended = launched(tmp_path, "--num_gpus", "8", "--master_port", "5", "main.py", "--num_gpus=2")
+    assert ended.stdout.splitlines()[:4] == ["--master_port", "5", *given], ended.stderr
+    ended = launched(tmp_path, "--num_gpus", "8", "--master_port", "5", "main.py", "--include", "localhost:1")
+    assert ended.stdout.splitlines()[:5] == ["--master_port", "5", "--include", "localhost:1", "--log_level"]
 
 
 @pytest.mark.parametrize("flag", [("--hostfile", "missing.txt"), ("--hostfile=missing.txt",)])
