@@ -45,6 +45,8 @@ def main() -> None:
         return
     options = settle(given, anew=given.overwrite and step is None)
     hardware = find_hardware(given.num_gpus, given.hostfile)
+    if hardware.launcher == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # for the stages' processes: DeepSpeed warns where it has to find out
     models = Models(options.model, options.reward_model)
     candidates = [options.preset] if options.preset != AUTO else possible_presets(models, hardware)
     runs = [Run(options, hardware, models, preset, step, flags) for preset in candidates]
