@@ -1,6 +1,6 @@
 """The page of pretrained models, from finished runs of scripts/run_all.sh: tables, curves, and what each model writes.
 
-    python -m study.pretrained --runs cast=outputs/cast logs=outputs/logs --show cast
+    python -m study.pretrained --runs cast=outputs/cast logs=outputs/logs --show cast --notes "cast=on a busy machine"
 
 What each run measured goes to `pretrained.json` in the results folder; the page and its figure are drawn from it, also
 without the runs (`--report_only`). Answers are kept and shown for the runs in `--show` alone: they quote the log.
@@ -45,6 +45,8 @@ CURVES = {
 }  # fmt: skip
 REWARD_METRICS = ("word_auc", "token_auc", "sentence_auc", "sentence_spearman")
 SHOWN = 10
+SHOWN_LINES = 4
+LAST = 4  # rollouts that the final KL is a mean of
 RESAMPLES = 10_000
 
 
@@ -54,6 +56,7 @@ class PretrainedConfig:
 
     runs: list[str] = option([], "name=folder of each run.")
     show: list[str] = option([], "Names of runs whose answers the page quotes; only logs that may be shipped.")
+    notes: list[str] = option([], "name=text on how a run was made, such as what else the machine did.")
     results_dir: str = option("docs/results", "Where record, page and figure go.")
     report_only: bool = option(False, "Draw page and figure from the record that is there.")
 
@@ -63,10 +66,13 @@ def main() -> None:
     config = parse_config(PretrainedConfig)
     folder = Path(config.results_dir)
     if not config.report_only:
-        runs = dict(run.partition("=")[::2] for run in config.runs)
+        runs, notes = (dict(pair.partition("=")[::2] for pair in pairs) for pairs in (config.runs, config.notes))
         if not runs or not all(runs.values()):
             raise InputError("--runs needs name=folder for each run, such as cast=outputs/cast")
-        records = {name: read_run(Path(path), name in config.show) for name, path in runs.items()}
+        records = {
+            name: read_run(Path(path), name in config.show) | {"note": notes.get(name, "")}
+            for name, path in runs.items()
+        }
         write_json(folder / RECORD_NAME, records)
     records = read_json(folder / RECORD_NAME)
     draw(records, folder / FIGURE_NAME)
@@ -175,8 +181,13 @@ def page(records: Mapping[str, Any]) -> str:
     """The page in Markdown."""
     parts = [
         "# Pretrained models on real logs",
-        "One seed each, as measured; intervals are 95 % over test users. Made by `python -m study.pretrained` from "
-        "runs of `scripts/run_all.sh`; the numbers are in [pretrained.json](pretrained.json).",
+        "From the log to the report with `bash scripts/run_all.sh --model ... --reward_model ... --log ...`, on CPU "
+        "ranks. One seed each, as measured; brackets are 95 % intervals over test users. Made by `python -m "
+        "study.pretrained` from the runs' folders; the numbers are in [pretrained.json](pretrained.json).",
+        "Three cautions. The judge is the lexical annotator, which knows the user's real next queries and has labeled "
+        "what the reward model learned from. Relevance alone is not enough: a rule that copies the user's last queries "
+        "is the most relevant of all, and suggests nothing new (*copied*). And a run has few rollouts: it shows that "
+        "rewards move a pretrained model, not how far they can.",
         f"![curves]({FIGURE_NAME})",
     ]
     for name, record in records.items():
@@ -190,16 +201,17 @@ def run_section(name: str, record: Mapping[str, Any]) -> list[str]:
     counts = ", ".join(f"{split} {rows} of {users} users" for split, (rows, users) in record["examples"].items())
     spent = ", ".join(f"{stage} {value / 60:.1f}" for stage, value in seconds.items())
     first, last = (record["step1"][place]["eval_perplexity"] for place in (0, -1))
+    kl = np.mean([row["kl/per_sequence"] for row in rollouts[-LAST:]])
     reward = ", ".join(f"{metric} {record['step2'][metric]:.3f}" for metric in REWARD_METRICS)
     return [
         f"## {name}",
         f"Model {settings['model']}, reward model {settings['reward_model']}, annotator and judge "
         f"{settings['annotator']}, seed {settings['seed']}; {record['machine']['ranks']} ranks. Examples: {counts}. "
-        f"Minutes: {sum(seconds.values()) / 60:.0f} ({spent}).",
+        f"Minutes: {sum(seconds.values()) / 60:.0f} ({spent})." + (f" {record['note']}" if record["note"] else ""),
         f"**Step 1**: dev perplexity of the responses from {first:.1f} (base model) to {last:.1f}.",
         f"**Step 2**, on held-out users: {reward}.",
         f"**Step 3**: {len(rollouts)} rollouts, {np.median([row['seconds/step'] for row in rollouts]):.0f} s each "
-        f"(median); the KL to SFT ends at {rollouts[-1]['kl/per_sequence']:.2f} nats a response.",
+        f"(median); the KL to SFT in the last {LAST} is {kl:.2f} nats a response.",
         systems_table(record, f"sampled at {record['decoding']['temperature']:g}"),
         systems_table(record, "greedy"),
         differences(record),
@@ -241,10 +253,16 @@ def answer_section(shown: Sequence[Mapping[str, Any]]) -> list[str]:
     parts = [f"### What they write, greedily, for {len(shown)} test users"]
     for place, answer in enumerate(shown, start=1):
         columns = ("gold", "base", "sft", "tppo")
-        cells = ["<br>".join(escape(line) for line in answer[column]) for column in columns]
+        cells = [cell(answer[column]) for column in columns]
         parts.append(f"{place}. History: " + " · ".join(escape(text) for text in answer["history"][-5:]))
         parts.append(table([NAMES[column] for column in columns], [cells]))
     return parts
+
+
+def cell(lines: Sequence[str]) -> str:
+    """The first lines of an answer; the base model writes on until its budget is spent."""
+    more = [f"*{len(lines) - SHOWN_LINES} more lines*"] if len(lines) > SHOWN_LINES else []
+    return "<br>".join([*map(escape, lines[:SHOWN_LINES]), *more])
 
 
 if __name__ == "__main__":

@@ -42,16 +42,18 @@ def record() -> dict[str, Any]:
         "copy": measures(0.7),
         "comparisons": {"tppo_vs_sft": {**change, "greedy": {"differences": measures(-0.2)}}},
         "warnings": ["The judge is the teacher."],
+        "note": "Two at a time.",
         "answers": [
-            {"history": ["red | hat"], "gold": ["a"], "base": ["b"], "sft": ["c", "d"], "tppo": ["<script>"]}
+            {"history": ["red | hat"], "gold": ["a"], "base": list("bcdefg"), "sft": ["c", "d"], "tppo": ["<script>"]}
         ],
     }  # fmt: skip
 
 
 def test_the_page_holds_the_numbers_of_a_record(record: dict[str, Any]) -> None:
     text = page({"cast": record})
-    assert "from 14.0 (base model) to 6.5" in text and "word_auc 0.860" in text and "Minutes: 3 " in text
-    assert "2 rollouts, 60 s each" in text and "ends at 0.20 nats" in text
+    assert "from 14.0 (base model) to 6.5" in text and "word_auc 0.860" in text
+    assert "Minutes: 3 (step1_sft 2.0, step3_tppo 1.0). Two at a time." in text
+    assert "2 rollouts, 60 s each" in text and "in the last 4 is 0.10 nats" in text
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
     assert rows["TPPO - SFT, sampled"][1] == "+0.050 [+0.040, +0.060]"
     assert rows["TPPO - SFT, greedy"][1] == "-0.200 [-0.210, -0.190]"
@@ -61,7 +63,8 @@ def test_the_page_holds_the_numbers_of_a_record(record: dict[str, Any]) -> None:
         assert found["SFT"][0] == f"{0.2 + shift:.3f} [{0.19 + shift:.3f}, {0.21 + shift:.3f}]"
         assert found["TPPO"][-1].strip("| ") == f"{0.3 + shift + (len(MEASURES) - 1) / 100:.3f}"
         assert found["copy of the last queries"][1] == "0.710"
-    assert "<script>" not in text and "red &#124; hat" in text and "c<br>d" in text
+    assert "<script>" not in text and "red &#124; hat" in text
+    assert "c<br>d" in text and "b<br>c<br>d<br>e<br>*2 more lines*" in text
 
 
 def test_the_page_is_drawn_again_from_the_record(record: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
