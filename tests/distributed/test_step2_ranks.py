@@ -60,7 +60,8 @@ def test_two_ranks_with_accumulation_train_as_one_process_does(tmp_path: Path, s
     rows = labelled("train", RESPONSES) + labelled("dev", RESPONSES[:5])
     samples, labels = write_files(tmp_path, rows)
     more = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "3", "--max_steps", "2",
-            "--per_device_eval_batch_size", "2", "--zero_stage", str(stage)]  # fmt: skip
+            "--per_device_eval_batch_size", "2", "--zero_stage", str(stage),
+            "--bidirectional", str(bidirectional).lower()]  # fmt: skip
     run_on_ranks(train, 2, flags_for(tmp_path / "run", model, samples, labels, *more))
 
     whole = load_token_reward_model(model, EAGER)

@@ -21,7 +21,7 @@ from step1_sft.config import SftConfig
 def test_versions_machine_and_choices_are_read_back_from_the_folder(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU <{index}>")
-    write_environment(tmp_path, SftConfig(fused_adam=True, lora_r=4, quantize="nf4", zero_stage=2))
+    write_environment(tmp_path, SftConfig(dtype="fp32", fused_adam=True, lora_r=4, quantize="nf4", zero_stage=2))
     found = read_json(tmp_path / "environment.json")
     for package in ("torch", "deepspeed", "transformers", "peft"):
         assert found["packages"][package] == importlib.metadata.version(package)

@@ -128,9 +128,9 @@ def test_liger_refuses_a_family_without_kernels_by_name(stand_in_for_liger):
 def test_liger_is_applied_to_what_is_trained_without_its_losses(tmp_path, stand_in_for_liger):
     save_model_folder(tiny_llama(), ordinary_tokenizer(), tmp_path / "model", {})
     for load in (load_causal_lm, load_value_model):
-        load(str(tmp_path / "model"), ModelOptions())
+        load(str(tmp_path / "model"), ModelOptions(dtype="fp32"))
         assert stand_in_for_liger == []
-        load(str(tmp_path / "model"), ModelOptions(liger=True))
+        load(str(tmp_path / "model"), ModelOptions(dtype="fp32", liger=True))
         # The losses are ours: they need logits, and those of the response tokens alone.
         parts = {"cross_entropy": False, "fused_linear_cross_entropy": False}
         assert stand_in_for_liger == [("LlamaForCausalLM" if load is load_causal_lm else "LlamaModel", parts)]
