@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from common.errors import InputError
+from common.feedback.names import ANNOTATORS, LLM, is_own
 from common.files import read_json, write_json
 
-ANNOTATORS = ("simulated", "lexical", "llm")
+KNOWN = (*ANNOTATORS, LLM)
 LLM_ONLY = ("base_url", "annotator_model", "judge_model", "judge_url", "llm_flags")
 # What a step whose inputs are all the user's has no use for.
 OF_A_RUN = ("run_name", "log", "log_format", "model", "reward_model", "annotator", *LLM_ONLY)
@@ -159,13 +160,13 @@ def _check_given(options: PipelineOptions) -> None:
         value = getattr(options, name)
         if value and not value.isdecimal():
             raise InputError(f"--{name} is a whole number, not {value!r}")
-    file, _, function = options.annotator.rpartition(":")
-    if file.endswith(".py") and function.isidentifier():
+    file = options.annotator.rpartition(":")[0]
+    if is_own(options.annotator):
         if not Path(file).is_file():
             raise InputError(f"--annotator {options.annotator}: no such file as {file}")
-    elif options.annotator and options.annotator not in ANNOTATORS:
+    elif options.annotator and options.annotator not in KNOWN:
         raise InputError(
-            f"--annotator {options.annotator} is none of {', '.join(ANNOTATORS)}, nor of the form FILE.py:FUNCTION"
+            f"--annotator {options.annotator} is none of {', '.join(KNOWN)}, nor of the form FILE.py:FUNCTION"
         )
     for name in ("model", "reward_model"):
         value = getattr(options, name)
