@@ -42,7 +42,7 @@ def main() -> None:
     check_config(config)
     check_machine(config.model_name_or_path, config, config.quantize)
     start = time.monotonic()
-    distributed.start()
+    distributed.start(config.hang_timeout)
     distributed.seed_everything(config.seed)
 
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, config.pad_token)

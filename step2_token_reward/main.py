@@ -46,7 +46,7 @@ def main() -> None:
     if not has_attention(skeleton, config.attn_implementation):
         raise InputError(f"{config.model_name_or_path}: {no_attention(skeleton, config.attn_implementation)}")
     start = time.monotonic()
-    distributed.start()
+    distributed.start(config.hang_timeout)
     distributed.seed_everything(config.seed)
 
     labelled = read_labels(config.samples, config.labels)

@@ -26,6 +26,7 @@ from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.engine import distributed
+from common.engine.watchdog import WAITING, Watchdog
 from common.errors import run_rank_command
 from common.files import claim_output_dir, read_jsonl, write_jsonl
 from common.generation.decode import CountEnded, check_decodable
@@ -45,7 +46,7 @@ def main() -> None:
     """Write `<output_dir>/samples.jsonl`."""
     config = settle_dtype(parse_config(SampleConfig))
     check_config(config)
-    device = distributed.start()
+    device = distributed.start(config.hang_timeout)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, config.pad_token)
     skeleton = causal_lm_skeleton(config.model_name_or_path, config)
     check_decodable(skeleton)
@@ -62,11 +63,21 @@ def main() -> None:
     check_vocabulary(model, tokenizer)
     mine = missing_parts(output, len(parts))[distributed.rank() :: distributed.world_size()]
     total = sum(len(parts[number]) for number in mine) * config.samples_per_prompt
-    with progress(total=total, desc="sampling", unit="response") as bar:
+    with (
+        Watchdog(config.output_dir, config.hang_timeout) as watchdog,
+        progress(total=total, desc="sampling", unit="response") as bar,
+    ):
         for number in mine:
-            rows = sample_part(parts[number], number, model, builder, config, bar.update)
+
+            def count_ended(count: int, part: int = number) -> None:
+                watchdog.phase("sampling", part)
+                bar.update(count)
+
+            watchdog.phase("sampling", number)
+            rows = sample_part(parts[number], number, model, builder, config, count_ended)
             write_jsonl(part_path(output, number), rows)
-    distributed.barrier()
+        watchdog.phase(WAITING, len(parts))
+        distributed.wait_for_all()
     distributed.on_main_first(lambda: merge(output, len(parts)))
 
 
@@ -98,7 +109,7 @@ def claim(config: SampleConfig) -> None:
     """Make `output_dir` this run's folder (rank 0 only)."""
     claim_output_dir(
         config.output_dir, asdict(config), resume=config.resume, overwrite=config.overwrite,
-        may_differ=frozenset({"resume", "overwrite"}),
+        may_differ=frozenset({"resume", "overwrite", "hang_timeout"}),
     )  # fmt: skip
 
 

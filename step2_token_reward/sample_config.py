@@ -34,6 +34,9 @@ class SampleConfig(ModelOptions):
     max_train_examples: int = option(0, "Take this many train examples, drawn at random; 0 takes all.")
     max_dev_examples: int = option(0, "Take this many dev examples, drawn at random; 0 takes all.")
     batch_size: int = option(32, "Responses a rank decodes at once.")
+    hang_timeout: float = option(
+        1800.0, "End the job when no response ends on a rank for so many seconds; 0: never."
+    )
 
 
 def check_config(config: SampleConfig) -> None:
@@ -44,6 +47,8 @@ def check_config(config: SampleConfig) -> None:
     for name in ("num_queries", "max_prompt_tokens", "max_response_tokens", "batch_size", "samples_per_prompt"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name} must be 1 or more, not {getattr(config, name)}")
+    if config.hang_timeout < 0:
+        raise InputError(f"--hang_timeout must not be negative, but is {config.hang_timeout}")
     if config.temperature <= 0:
         raise InputError(f"--temperature must be above 0, not {config.temperature}: samples are to differ")
     if not 0 <= config.corrupt_share <= 1:

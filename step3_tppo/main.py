@@ -49,7 +49,7 @@ def main() -> None:
     """Parse, load, train, save."""
     begun = time.perf_counter()
     config = settle_dtype(parse_config(Step3Config))
-    device = distributed.start()
+    device = distributed.start(config.hang_timeout)
     config.validate(distributed.world_size())
     check_machine(config.actor_path, config, config.quantize)
     check_machine(config.critic_path or config.actor_path, config)

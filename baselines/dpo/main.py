@@ -37,7 +37,7 @@ def main() -> None:
     config = settle_dtype(parse_config(DpoConfig))
     check_config(config)
     check_machine(config.model_name_or_path, config)
-    device = distributed.start()
+    device = distributed.start(config.hang_timeout)
     distributed.seed_everything(config.seed)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, config.pad_token)
     builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)

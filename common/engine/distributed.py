@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from itertools import count
 from typing import Any
@@ -14,17 +14,23 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime import bf16_optimizer
+from torch.distributed import distributed_c10d
 from transformers.utils import logging as transformers_output
 
-MAIN_TASK_LIMIT = timedelta(days=7)  # what rank 0 does alone may take as long as it must
+HANG_TIMEOUT = 1800.0  # seconds; the default of --hang_timeout
+NO_LIMIT = timedelta(days=7)  # what one rank does alone may take as long as it must
+WATCHDOG_MARGIN = timedelta(minutes=10)  # in which a watchdog notices the hang, names the rank and ends the job
 _MEETINGS = count()
 
 
-def start() -> torch.device:
+def start(hang_timeout: float = HANG_TIMEOUT) -> torch.device:
     """Join the process group that the launcher describes (a single process when there is none); returns the device.
 
-    NCCL on CUDA, gloo on CPU ranks: DeepSpeed's accelerator decides.
+    NCCL on CUDA, gloo on CPU ranks: DeepSpeed's accelerator decides. A collective gives up later than the watchdog
+    with its `hang_timeout` (seconds; 0: no limit), which names the rank that hangs. DEEPSPEED_TIMEOUT can only raise
+    this limit.
     """
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for key, value in defaults.items():
@@ -44,10 +50,20 @@ def start() -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # It prints the memory of a moment while an engine is made, whatever DeepSpeed's log level.
         bf16_optimizer.see_memory_usage = lambda *message, **settings: None
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        timeout = collective_timeout(hang_timeout)
+        # DeepSpeed makes its groups for ZeRO without a timeout, so that they get torch's: 10 minutes with NCCL.
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
         # gloo's threads must have ended when the interpreter goes, or a finished rank may abort on its last step.
         atexit.register(_leave)
     return device
+
+
+def collective_timeout(hang_timeout: float) -> timedelta:
+    """After which time a collective gives up, with a watchdog's `hang_timeout` in seconds; 0 stands for none."""
+    if hang_timeout == 0:
+        return NO_LIMIT
+    return max(timedelta(seconds=hang_timeout) + WATCHDOG_MARGIN, default_pg_timeout)
 
 
 def _leave() -> None:
@@ -111,7 +127,7 @@ def on_main_first(task: Callable[[], Any]) -> None:
     """Run `task` on rank 0; when it raises there, every rank raises the same, instead of waiting in vain.
 
     The others wait on the launcher's key-value store until the task is done, not in a collective, which would give up
-    after the process group's timeout (half an hour, or what NCCL is set to) however well the task goes.
+    after `collective_timeout` however well the task goes.
     """
     outcome: list[BaseException | None] = [None]
     if rank() == 0:
@@ -119,21 +135,25 @@ def on_main_first(task: Callable[[], Any]) -> None:
             task()
         except Exception as error:  # handed to all ranks and raised below
             outcome[0] = error
-    if dist.is_initialized() and world_size() > 1:
-        _await_main()
+    if world_size() > 1:
+        _wait_for([0])
         dist.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
         raise outcome[0]
 
 
-def _await_main() -> None:
-    """Return once rank 0 is here too; every rank counts the meetings alike."""
-    store = dist.distributed_c10d._get_default_store()
-    key = f"tppo_main_first_{next(_MEETINGS)}"
-    if rank() == 0:
-        store.set(key, "done")
-    else:
-        store.wait([key], MAIN_TASK_LIMIT)
+def wait_for_all() -> None:
+    """Return once every rank is here, however long the slowest works; a `barrier` gives up after its timeout."""
+    if world_size() > 1:
+        _wait_for(range(world_size()))
+
+
+def _wait_for(ranks: Iterable[int]) -> None:
+    """Wait on the launcher's key-value store until `ranks` are here too; every rank counts the meetings alike."""
+    store = distributed_c10d._get_default_store()
+    meeting = f"tppo_meeting_{next(_MEETINGS)}"
+    store.set(f"{meeting}_{rank()}", "here")
+    store.wait([f"{meeting}_{number}" for number in ranks], NO_LIMIT)
 
 
 def seed_everything(seed: int) -> None:

@@ -2,7 +2,8 @@
 
 Each rank tells its phase in a small file of its own (`heartbeat/rank3.json`); a thread beside the work keeps that file
 fresh and looks at the clock. A rank that is stopped or gone gives no sign of life; one that waits in a collective
-lives, but its phase grows old. A rank that leaves in good order, or by an error that it reports itself, says so there.
+lives, but its phase grows old. A rank that has done its share and waits for the others is not hung as long as one of
+them makes progress. A rank that leaves in good order, or by an error that it reports itself, says so there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from common.engine.distributed import rank, world_size
 from common.errors import HUNG
 
 FOLDER = "heartbeat"
+WAITING = "wait for the others"  # the phase of a rank that has done its share
 _LOOKS = 5  # times a timeout that the clock is looked at
 _LONGEST_LOOK = 10.0  # seconds
 
@@ -65,10 +67,20 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._ended.wait(self._interval):
             self._write()
-            if time.time() - self._phase[2] > self._timeout:
+            if time.time() - self._last_progress() > self._timeout:
                 print(self._report(), file=sys.stderr, flush=True)
                 faulthandler.dump_traceback()
                 os._exit(HUNG)
+
+    def _last_progress(self) -> float:
+        """When this rank made progress; when any rank did, while this one waits for the others."""
+        name, _, since = self._phase
+        beats = self._beats() if name == WAITING else []
+        return max([since, *(beat["since"] for beat in beats if beat)])
+
+    def _beats(self) -> list[dict[str, Any] | None]:
+        """The last heartbeat of each rank; None for one that has not begun."""
+        return [_read(self._folder / f"rank{number}.json") for number in range(world_size())]
 
     def _write(self) -> None:
         name, step, since = self._phase
@@ -82,11 +94,10 @@ class Watchdog:
     def _report(self) -> str:
         now = time.time()
         lines = [
-            f"hung: rank {rank()} has made no progress for {now - self._phase[2]:.0f} s (--hang_timeout "
-            f"{self._timeout:g}); the last checkpoint is kept, --resume goes on from it. All ranks:"
+            f"hung: rank {rank()} has seen no progress for {now - self._last_progress():.0f} s (--hang_timeout "
+            f"{self._timeout:g}); what is saved is kept, --resume goes on from it. All ranks:"
         ]
-        for number in range(world_size()):
-            beat = _read(self._folder / f"rank{number}.json")
+        for number, beat in enumerate(self._beats()):
             if beat is None:
                 lines.append(f"  rank {number}: never began")
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ def test_a_process_without_progress_ends_and_says_where_it_was(tmp_path: Path) -
         [sys.executable, "-c", HANGS, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=60
     )
     assert ended.returncode == HUNG and time.monotonic() - begun < 50
-    assert "hung: rank 0 has made no progress for 1 s (--hang_timeout 1)" in ended.stderr
+    assert "hung: rank 0 has seen no progress for 1 s (--hang_timeout 1)" in ended.stderr
     assert "rank 0: alive, in update of step 3 for 1 s" in ended.stderr
     assert 'File "<string>", line 9' in ended.stderr  # where it stood
 
@@ -47,6 +48,35 @@ def test_work_that_goes_on_is_left_alone(tmp_path: Path) -> None:
     with Watchdog(tmp_path / "off", 0):
         pass
     assert not (tmp_path / "off").exists()
+
+
+WAITS = """
+import sys, time
+from common.engine import watchdog as module
+module.world_size = lambda: 2
+with module.Watchdog(sys.argv[1], 1.5) as watchdog:
+    watchdog.phase(module.WAITING, 9)
+    time.sleep(60)
+"""
+
+
+def test_a_rank_that_waits_is_not_hung_as_long_as_another_makes_progress(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", WAITS, str(tmp_path)]
+    waits = subprocess.Popen(program, env=environment(), stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / FOLDER
+    while not (folder / "rank0.json").exists():
+        time.sleep(0.05)
+    for step in range(12):  # four seconds, more than twice its limit
+        now = time.time()
+        beat = {"phase": "sampling", "step": step, "since": now, "alive": now, "ended": False}
+        (folder / "new").write_text(json.dumps(beat))
+        (folder / "new").rename(folder / "rank1.json")
+        time.sleep(0.33)
+        assert waits.poll() is None
+    _, message = waits.communicate(timeout=60)
+    assert waits.returncode == HUNG
+    assert "rank 0: alive, in wait for the others of step 9" in message
+    assert "rank 1: " in message and "in sampling of step 11" in message
 
 
 DIES = """
@@ -86,3 +116,23 @@ def test_a_stopped_rank_ends_the_job_and_is_named_by_the_others(tmp_path: Path) 
     assert "rank 1: no sign of life for" in ended.stderr and "in update of step 2" in ended.stderr
     assert "rank 0: alive, in update of step 2" in ended.stderr
     assert not ranks_left(tmp_path / "run"), "the launcher left a rank behind"
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+def test_a_rank_that_has_sampled_its_share_names_the_one_that_hangs(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "inputs")
+    shutil.copy(inputs / "data" / "train.jsonl", inputs / "data" / "dev.jsonl")
+    of_step3 = command(inputs, tmp_path)
+    launch = [
+        *of_step3[: of_step3.index("step3_tppo/main.py")], "tests/distributed/killed_main.py",
+        "step2_token_reward.sample", "SIGSTOP", "draw", "3", "1",
+        "--model_name_or_path", str(inputs / "actor"), "--data_dir", str(inputs / "data"),
+        "--output_dir", str(tmp_path / "samples"), "--prompt_template", "compact", "--num_queries", "2",
+        "--max_prompt_tokens", "64", "--max_response_tokens", "8", "--batch_size", "4", "--hang_timeout", "5",
+    ]  # fmt: skip
+    ended = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=200)
+    assert ended.returncode == HUNG, ended.stderr[-2000:]
+    assert "rank 1: no sign of life for" in ended.stderr and "in sampling of step 1" in ended.stderr
+    assert "rank 0: alive, in wait for the others" in ended.stderr
+    assert not ranks_left(tmp_path / "samples")
