@@ -58,14 +58,17 @@ def check_decodable(model: PreTrainedModel) -> None:
 
 
 class Decoder:
-    """Draws the responses to `prompts`; see the module. At most `rows` are decoded at once, if a prompt's fit."""
+    """Draws the responses to `prompts`; see the module. At most `rows` are decoded at once, if a prompt's fit.
+
+    A response ends with the first of `eos_token_ids`, which it holds.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        eos_token_id: int,
+        eos_token_ids: Sequence[int],
         rows: int,
         any_rank: AnyRank | None = None,
         graphs: bool = False,
@@ -74,7 +77,7 @@ class Decoder:
         self._model = model
         self._prompts = prompts
         self._sampling = sampling
-        self._eos = eos_token_id
+        self._eos = eos_token_ids
         self._any_rank = any_rank
         self._graphs = graphs
         self._uniforms = uniforms
@@ -101,7 +104,7 @@ class Decoder:
                     self._draw(step)
                 count_ended(self._drop_ended(step))
         while self._any_rank is not None and self._any_rank(False):
-            self._model(input_ids=torch.tensor([[self._eos]], device=self._model.device))
+            self._model(input_ids=torch.tensor([[self._eos[0]]], device=self._model.device))
         return self._drawn
 
     def _read_prompts(self, step: DecodeStep) -> None:
@@ -149,8 +152,9 @@ class Decoder:
 
     def _has_ended(self, drawn: Drawn) -> bool:
         """Whether a response is complete; what was drawn past its EOS is cut off."""
-        if self._eos in drawn.ids:
-            length = drawn.ids.index(self._eos) + 1
+        ends = [drawn.ids.index(eos) for eos in self._eos if eos in drawn.ids]
+        if ends:
+            length = min(ends) + 1
             del drawn.ids[length:], drawn.logprobs[length:]
             return True
         return len(drawn.ids) >= self._sampling.max_new_tokens

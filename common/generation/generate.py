@@ -13,6 +13,7 @@ from common.alignment import TokenDecoder
 from common.errors import InputError
 from common.generation.decode import AnyRank, CountEnded, Decoder, check_decodable, uncounted
 from common.generation.sampling import Sampling
+from common.models.loading import end_token_ids
 from common.models.sequences import without_wrapper
 
 
@@ -54,12 +55,13 @@ def generate_responses(
         raise InputError("an empty prompt: give at least one token (a template must not render to nothing)")
     inner = without_wrapper(model)
     check_decodable(inner)
-    decoder = Decoder(inner, prompts, sampling, tokenizer.eos_token_id, rows, any_rank, graphs, uniforms)
+    eos_token_ids = end_token_ids(inner, tokenizer)
+    decoder = Decoder(inner, prompts, sampling, eos_token_ids, rows, any_rank, graphs, uniforms)
     with _generating(inner):
         drawn = decoder.run(count_ended)
     text = TokenDecoder(tokenizer)
     return [
-        Generated(found.ids, text(found.ids).text, found.ids[-1] == tokenizer.eos_token_id, found.logprobs)
+        Generated(found.ids, text(found.ids).text, found.ids[-1] in eos_token_ids, found.logprobs)
         for found in drawn
     ]
 

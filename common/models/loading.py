@@ -211,6 +211,19 @@ def apply_lora(
         raise InputError(f"--lora_target_modules {names}: {_first_line(error)}") from error
 
 
+def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a response: the tokenizer's EOS, which training writes, then others that the model ends with.
+
+    Chat models end a turn with a token of their own (<|eot_id|>, <end_of_turn>), and list it in their generation
+    config, as transformers' `generate` reads it. An id of that list counts where the tokenizer has added a token for it:
+    a folder without a generation config gets the ids of the architecture, which may be those of ordinary text.
+    """
+    listed = model.generation_config.eos_token_id if model.generation_config is not None else None
+    others = [listed] if isinstance(listed, int) else listed or []
+    added = tokenizer.added_tokens_decoder
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(int(id_) for id_ in others if int(id_) in added)]))
+
+
 def save_model_folder(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -234,7 +247,9 @@ def save_model_folder(
     shutil.rmtree(temporary, ignore_errors=True)
     if prompts is not None:
         tokenizer = serving_tokenizer(prompts)
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
+    ends = end_token_ids(model, tokenizer)
+    special["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     generation_config = GenerationConfig(**special, **generation)
     if isinstance(model, PeftModel):
         adapter = temporary / ADAPTER_FOLDER

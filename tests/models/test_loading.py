@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GenerationConfig
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GenerationConfig
 
 from common.config import LoraOptions, ModelOptions
 from common.errors import InputError
@@ -16,6 +16,7 @@ from common.models.loading import (
     apply_lora,
     check_lengths,
     check_vocabulary,
+    end_token_ids,
     load_causal_lm,
     load_model_config,
     load_tokenizer,
@@ -239,6 +240,17 @@ class TestSaving:
         assert (saved.eos_token_id, saved.pad_token_id, saved.max_new_tokens) == (0, 1, 9)
         config = load_model_config(str(path))
         assert (config.eos_token_id, config.pad_token_id) == (0, 1)
+
+    def test_further_end_tokens_of_the_model_are_kept(self, tmp_path):
+        """A chat model's own end of a turn: without it, servers would let responses of the base model run on."""
+        model, tokenizer = tiny_llama(), ordinary_tokenizer()
+        tokenizer.add_tokens(AddedToken(tokenizer.convert_ids_to_tokens(60), special=True), special_tokens=True)
+        model.generation_config.eos_token_id = [60, 61, 0]
+        save_model_folder(model, tokenizer, tmp_path / "model", {})
+        assert GenerationConfig.from_pretrained(tmp_path / "model").eos_token_id == [0, 60]
+        assert load_model_config(str(tmp_path / "model")).eos_token_id == [0, 60]
+        again = load_causal_lm(str(tmp_path / "model"), ModelOptions())
+        assert end_token_ids(again, tokenizer) == [0, 60]
 
     def test_an_earlier_folder_is_replaced_whole(self, tmp_path):
         path = tmp_path / "model"
