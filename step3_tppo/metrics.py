@@ -10,6 +10,7 @@ import torch
 from common.engine.distributed import gather_from_ranks, max_over_ranks, sum_over_ranks, world_size
 from common.evaluation.metrics import copy_counts, distinct_n, has_format_error, word_counts
 from common.text import normalise, split_queries
+from step3_tppo.normalisation import ROUNDING
 from step3_tppo.rollout import Rollout, part_tensor
 
 REWARD_PARTS = ("model", "sentence", "length_penalty", "guard")
@@ -132,15 +133,17 @@ def _value_metrics(
 ) -> dict[str, float]:
     """Means and deviations over the tokens of all ranks, and `1 - Var[returns - V] / Var[returns]`."""
     columns = {"returns": returns[mask], "advantages": advantages[mask], "error": (returns - values)[mask]}
+    columns = {name: column.double() for name, column in columns.items()}
     moments = _summed(
         {"tokens": mask.sum()}
         | {f"{name}_sum": column.sum() for name, column in columns.items()}
-        | {f"{name}_squares": column.double().square().sum() for name, column in columns.items()}
+        | {f"{name}_squares": column.square().sum() for name, column in columns.items()}
     )
     count = max(moments["tokens"], 1.0)
     mean = {name: moments[f"{name}_sum"] / count for name in columns}
     variance = {name: max(moments[f"{name}_squares"] / count - mean[name] ** 2, 0.0) for name in columns}
-    explained = 1 - variance["error"] / variance["returns"] if variance["returns"] > 0 else 0.0
+    differ = variance["returns"] > ROUNDING**2 * moments["returns_squares"] / count
+    explained = 1 - variance["error"] / variance["returns"] if differ else 0.0
     return {
         "value/explained_variance": explained,
         "value/returns_mean": mean["returns"],
@@ -152,5 +155,6 @@ def _value_metrics(
 
 def _summed(values: dict[str, torch.Tensor | float]) -> dict[str, float]:
     device = next((value.device for value in values.values() if isinstance(value, torch.Tensor)), torch.device("cpu"))
-    totals = sum_over_ranks(torch.tensor([float(value) for value in values.values()], device=device).double())
+    numbers = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
+    totals = sum_over_ranks(numbers)
     return dict(zip(values, totals.tolist(), strict=True))

@@ -9,7 +9,7 @@ import torch
 from common.engine.distributed import sum_over_ranks
 
 RewardNorm = Literal["none", "running", "position"]
-SMALLEST_STD = 1e-4
+ROUNDING = 1e-6  # of the root mean square: a smaller deviation is that of equal values
 
 
 class RewardNormaliser:
@@ -17,7 +17,8 @@ class RewardNormaliser:
 
     `running` divides by the standard deviation over all response tokens: signs and zeros stay. `position` takes, for
     each place in the response, the mean off and divides by the standard deviation there (the location-aware
-    normalisation of DenseRewardRLHF-PPO, per place instead of by regression). `none` changes nothing.
+    normalisation of DenseRewardRLHF-PPO, per place instead of by regression). `none` changes nothing. While all values
+    are equal there is no deviation, and nothing is divided.
     """
 
     def __init__(self, mode: RewardNorm, max_tokens: int) -> None:
@@ -51,5 +52,7 @@ class RewardNormaliser:
             sums = sums.sum(1, keepdim=True).expand_as(sums)
         count = sums[0].clamp(min=1.0)
         mean = sums[1] / count
-        std = (sums[2] / count - mean.square()).clamp(min=0.0).sqrt().clamp(min=SMALLEST_STD)
+        mean_square = sums[2] / count
+        std = (mean_square - mean.square()).clamp(min=0.0).sqrt()
+        std = torch.where(std > ROUNDING * mean_square.sqrt(), std, 1.0)
         return (torch.zeros_like(mean) if self._mode == "running" else mean), std

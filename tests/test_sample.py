@@ -106,7 +106,7 @@ def run_main(rank: int, world_size: int, flags: list[str]) -> str:
 def run_here(flags: list[str]) -> str:
     """The command in this process, without a process group."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.engine.distributed.start", lambda: "cpu")
+        patch.setattr("common.engine.distributed.start", lambda hang_timeout: "cpu")
         return run_main(0, 1, flags)
 
 
@@ -114,7 +114,7 @@ def test_rows_of_every_example(folders):
     assert run_here(arguments(folders, "out")) == ""
     path = folders / "out" / "samples.jsonl"
     rows = read_samples(path)  # what label.py reads
-    assert [entry.name for entry in sorted(path.parent.iterdir())] == ["run_config.json", "samples.jsonl"]
+    assert [entry.name for entry in sorted(path.parent.iterdir())] == ["heartbeat", "run_config.json", "samples.jsonl"]
     assert Counter(row["split"] for row in rows.values() if row["origin"] == "gold") == {"train": 11, "dev": 3}
     for number in range(11):
         gold = rows[f"train/{number}#gold"]

@@ -215,8 +215,8 @@ def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
     """The tokens that end a response: the tokenizer's EOS, which training writes, then others that the model ends with.
 
     Chat models end a turn with a token of their own (<|eot_id|>, <end_of_turn>), and list it in their generation
-    config, as transformers' `generate` reads it. An id of that list counts where the tokenizer has added a token for it:
-    a folder without a generation config gets the ids of the architecture, which may be those of ordinary text.
+    config, as transformers' `generate` reads it. An id of that list counts if it is an added token of the tokenizer: a
+    folder without a generation config gets the ids of the architecture, which may be those of ordinary text.
     """
     listed = model.generation_config.eos_token_id if model.generation_config is not None else None
     others = [listed] if isinstance(listed, int) else listed or []

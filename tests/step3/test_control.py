@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from step3_tppo.advantages import whiten
 from step3_tppo.kl_control import KLController
+from step3_tppo.metrics import _value_metrics
 from step3_tppo.monitor import OverOptimisation, calibration
 from step3_tppo.normalisation import RewardNormaliser
 from tests.distributed.ranks import run_on_ranks
@@ -53,6 +55,45 @@ def test_position_normalisation_whitens_each_place_by_all_tokens_so_far() -> Non
     rewards, mask = BATCHES[1]
     deviation = (11 / 4 - 0.5625) ** 0.5
     assert normalise(rewards, mask)[:, 0].tolist() == pytest.approx([-0.75 / deviation, -1.75 / deviation])
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("running", [[-1.0, 0.0], [-1.0, -1.0]]), ("position", [[0.0, 0.0], [0.0, 0.0]])]
+)
+def test_equal_rewards_are_not_divided_until_there_is_a_deviation(mode: str, expected: list[list[float]]) -> None:
+    """A reward of -1 must not become -10,000 because the first responses have the same."""
+    mask = torch.tensor([[True, False], [True, True]])
+    normalise = RewardNormaliser(mode, max_tokens=2)
+    assert normalise(torch.full((2, 2), -1.0), mask).tolist() == expected
+    # 0.1 is no binary fraction: the sums of equal values are not exactly equal.
+    for value in (0.1, 1e-6, 1e6):
+        one = RewardNormaliser(mode, max_tokens=2)(torch.full((2, 2), value), mask)
+        torch.testing.assert_close(one, torch.where(mask, value if mode == "running" else 0.0, 0.0))
+    single = RewardNormaliser(mode, max_tokens=1)(torch.tensor([[3.0]]), torch.tensor([[True]]))
+    assert single.item() == (3.0 if mode == "running" else 0.0)
+    # A deviation that is small, but one: 1e-5 around 0.
+    small = RewardNormaliser("running", max_tokens=2)(torch.tensor([[1e-5, -1e-5]]), torch.tensor([[True, True]]))
+    torch.testing.assert_close(small, torch.tensor([[1.0, -1.0]]))
+
+
+def test_equal_values_are_whitened_to_zero() -> None:
+    for value in (0.1, -1e6, 0.0):
+        equal = whiten(torch.full((3, 2), value), torch.ones(3, 2, dtype=torch.bool))
+        torch.testing.assert_close(equal, torch.zeros(3, 2), atol=1e-4, rtol=0)
+    assert whiten(torch.tensor([[5.0]]), torch.tensor([[True]])).item() == 0.0
+    assert whiten(torch.tensor([[5.0]]), torch.tensor([[False]])).item() == 0.0
+
+
+@pytest.mark.parametrize("value", [0.1, 0.0, 1e5 + 0.1])
+def test_equal_returns_have_no_variance_to_explain(value: float) -> None:
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    returns = torch.full((3, 2), value)
+    values = returns + torch.tensor([[0.1, -0.2], [0.3, 0.0], [0.5, 0.7]])
+    assert _value_metrics(values, returns, returns, mask)["value/explained_variance"] == 0.0
+    returns = returns + torch.tensor([[1.0, -1.0], [1.0, -1.0], [1.0, -1.0]])
+    perfect = _value_metrics(returns, returns, returns, mask)
+    assert perfect["value/explained_variance"] == pytest.approx(1.0)
+    assert perfect["value/returns_std"] == pytest.approx(1.0, rel=1e-3)  # also beside a mean of 100,000
 
 
 def test_normalisation_goes_on_from_its_state_and_none_changes_nothing() -> None:
