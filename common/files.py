@@ -13,9 +13,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from common.errors import RUN_CONFIG_NAME, InputError
+from common.inputs import Inputs, input_digests
+
+INPUT_DIGESTS = "input_digests"  # key of a run's settings file
 
 
 @contextmanager
@@ -143,12 +147,14 @@ def digest(*parts: str) -> str:
 
 
 def claim_output_dir(
-    path: str | Path, config: dict, *, resume: bool, overwrite: bool, may_differ: frozenset[str] = frozenset()
+    path: str | Path, config: dict, *, resume: bool, overwrite: bool, may_differ: frozenset[str] = frozenset(),
+    inputs: Inputs = MappingProxyType({}),
 ) -> Path:
     """Make `path` the folder of the run described by `config` (JSON values only).
 
     A folder that holds something is refused unless `resume` (then the settings must be those it was begun
-    with, `may_differ` aside) or `overwrite` (then a folder of an earlier run is removed; any other is refused).
+    with, `may_differ` aside, and so must the content of the `inputs`) or `overwrite` (then a folder of an earlier run
+    is removed; any other is refused).
     Call it on one process only, before any work. Raises `InputError`.
     """
     path = Path(path)
@@ -162,6 +168,7 @@ def claim_output_dir(
         empty_folder(path)
     elif occupied and resume:
         _check_same_run(marker, config, may_differ)
+        _check_same_inputs(marker, input_digests(inputs))
         return path
     elif occupied:
         raise InputError(
@@ -169,7 +176,7 @@ def claim_output_dir(
             "or choose another output folder"
         )
     path.mkdir(parents=True, exist_ok=True)
-    write_json(marker, config)
+    write_json(marker, config | ({INPUT_DIGESTS: input_digests(inputs)} if inputs else {}))
     return path
 
 
@@ -183,7 +190,7 @@ def empty_folder(path: str | Path) -> None:
 
 
 def _check_same_run(marker: Path, config: dict, may_differ: frozenset[str]) -> None:
-    begun = read_json(marker)
+    begun = {key: value for key, value in read_json(marker).items() if key != INPUT_DIGESTS}
     wanted = json.loads(json.dumps(config))
     changed = sorted(
         key for key in begun.keys() | wanted.keys() if key not in may_differ and begun.get(key) != wanted.get(key)
@@ -191,3 +198,13 @@ def _check_same_run(marker: Path, config: dict, may_differ: frozenset[str]) -> N
     if changed:
         details = "; ".join(f"{key}: was {begun.get(key)!r}, now {wanted.get(key)!r}" for key in changed)
         raise InputError(f"{marker.parent}: --resume needs the settings the run was begun with, but {details}")
+
+
+def _check_same_inputs(marker: Path, now: dict[str, str]) -> None:
+    begun = read_json(marker).get(INPUT_DIGESTS, now)  # runs of earlier versions have none
+    changed = sorted(name for name in begun.keys() | now.keys() if begun.get(name) != now.get(name))
+    if changed:
+        raise InputError(
+            f"{marker.parent}: --resume needs the inputs the run was begun with, but these have changed since: "
+            f"{', '.join(changed)}. Put them back, or begin anew with --overwrite or another output folder"
+        )

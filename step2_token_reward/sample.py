@@ -32,6 +32,7 @@ from common.files import claim_output_dir, read_jsonl, write_jsonl
 from common.generation.decode import CountEnded, check_decodable
 from common.generation.generate import Generated, generate_responses
 from common.generation.sampling import Sampling
+from common.inputs import step_inputs
 from common.models.kernels import settle_dtype
 from common.models.loading import causal_lm_skeleton, check_lengths, check_vocabulary, load_causal_lm, load_tokenizer
 from common.progress import progress
@@ -109,7 +110,7 @@ def claim(config: SampleConfig) -> None:
     """Make `output_dir` this run's folder (rank 0 only)."""
     claim_output_dir(
         config.output_dir, asdict(config), resume=config.resume, overwrite=config.overwrite,
-        may_differ=frozenset({"resume", "overwrite", "hang_timeout"}),
+        may_differ=frozenset({"resume", "overwrite", "hang_timeout"}), inputs=step_inputs(config),
     )  # fmt: skip
 
 

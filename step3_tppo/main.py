@@ -25,6 +25,7 @@ from common.engine.environment import write_environment
 from common.errors import InputError, run_rank_command
 from common.feedback.load import load_annotator
 from common.files import claim_output_dir, write_json
+from common.inputs import step_inputs
 from common.models.kernels import settle_dtype
 from common.models.loading import check_machine, load_tokenizer
 from common.pages.drawing import draw_or_tell
@@ -41,6 +42,8 @@ MAY_DIFFER_ON_RESUME = frozenset(
     {
         "output_dir", "resume", "overwrite", "total_steps", "save_steps", "keep_checkpoints", "sample_steps",
         "tensorboard", "hang_timeout", "plan",
+        # How much a pass holds at once changes nothing but rounding.
+        "micro_batch_size", "micro_batch_tokens", "scoring_batch_size", "scoring_batch_tokens", "decode_rows",
     }
 )
 
@@ -82,6 +85,7 @@ def claim(config: Step3Config) -> None:
         resume=config.resume,
         overwrite=config.overwrite,
         may_differ=MAY_DIFFER_ON_RESUME,
+        inputs=step_inputs(config, splits=("train",)),
     )
     write_environment(config.output_dir, config)
 

@@ -18,6 +18,7 @@ from common.files import (
     write_json,
     write_jsonl,
 )
+from common.inputs import _block_starts, content_digest
 from common.tracking import StepFile
 
 
@@ -76,6 +77,56 @@ def test_folder_of_another_run_is_refused_resumed_or_replaced(tmp_path: Path) ->
     assert json.loads((folder / RUN_CONFIG_NAME).read_text()) == {"lr": 2, "steps": 5}
     with pytest.raises(InputError, match="contradict"):
         claim(folder, {}, resume=True, overwrite=True)
+
+
+def test_inputs_that_changed_under_a_run_are_named(tmp_path: Path) -> None:
+    rows, model = tmp_path / "train.jsonl", tmp_path / "model"
+    rows.write_text('{"a": 1}\n{"a": 2}\n')
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(bytes(100))
+    inputs = {"data_dir": [rows], "actor_path": str(model), "critic_path": "", "prompt_template": "plain"}
+
+    def begin(folder: str, **flags: bool) -> None:
+        settings = {"resume": False, "overwrite": False} | flags
+        claim_output_dir(tmp_path / folder, {"lr": 1}, inputs=inputs, **settings)
+
+    begin("run")
+    (model / "README.md").write_text("a note changes nothing")
+    begin("run", resume=True)
+    rows.write_text('{"a": 2}\n{"a": 1}\n')  # the same rows in another order, the same size
+    with pytest.raises(InputError, match=r"these have changed since: --data_dir train.jsonl\. Put them back"):
+        begin("run", resume=True)
+    (model / "model.safetensors").write_bytes(bytes(99) + b"x")
+    (model / "generation_config.json").write_text("{}")
+    changed = "--actor_path generation_config.json, --actor_path model.safetensors, --data_dir train.jsonl"
+    with pytest.raises(InputError, match=changed):
+        begin("run", resume=True)
+    begin("run", overwrite=True)
+    begin("run", resume=True)
+    # A run of an earlier version has noted none.
+    settings = read_json(tmp_path / "run" / RUN_CONFIG_NAME)
+    assert settings.pop("input_digests").keys() == {
+        "--data_dir train.jsonl", "--actor_path config.json", "--actor_path generation_config.json",
+        "--actor_path model.safetensors",
+    }  # fmt: skip
+    write_json(tmp_path / "run" / RUN_CONFIG_NAME, settings)
+    rows.write_text("")
+    begin("run", resume=True)
+
+
+def test_a_large_file_is_known_by_samples_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.inputs.WHOLE_BYTES", 80)
+    monkeypatch.setattr("common.inputs.BLOCK_BYTES", 10)
+    path = tmp_path / "weights"
+    found = set()
+    for content in (bytes(80), bytes(81), b"x" + bytes(999), bytes(999) + b"x", bytes(500) + b"x" * 500):
+        path.write_bytes(content)
+        found.add(content_digest(path))
+        assert content_digest(path) in found
+    assert len(found) == 5
+    assert [start % 10 for start in _block_starts(80)] == [0] * 8
+    assert _block_starts(1000) == [0, 141, 282, 424, 565, 707, 848, 990]  # the first and the last among them
 
 
 def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from common.config import option, parse_config
+from common.config import MAX_SEED, option, parse_config
 from common.data.cleaning import Cleaner, CleaningOptions, RuleTally
 from common.data.examples import ExampleBuilder, ExampleOptions, HashSample
 from common.data.privacy import frequent_queries
@@ -45,7 +45,7 @@ class PrepareConfig(CleaningOptions, ExampleOptions):
     output_dir: str = option("", "Folder for the examples; it must be new, or see resume and overwrite.")
     resume: bool = option(False, "Keep what output_dir holds if it is complete; else make it again.")
     overwrite: bool = option(False, "Replace the examples that output_dir holds.")
-    seed: int = option(0, "Seed of the splits and of every choice by hash.")
+    seed: int = option(0, "Seed of the splits and of every choice by hash.", maximum=MAX_SEED)
 
 
 @dataclass
@@ -235,8 +235,6 @@ def check_config(config: PrepareConfig) -> None:
     twice = [path for path, count in Counter(str(Path(path).resolve()) for path in config.log).items() if count > 1]
     if twice:
         raise InputError(f"--log names {twice[0]} twice; its users would count twice")
-    if config.max_bad_lines < 0:
-        raise InputError(f"--max_bad_lines must not be negative, found {config.max_bad_lines}")
     Cleaner(config, config.num_targets, config.seed)
     ExampleBuilder(config, config.seed)
     for path in config.log:
@@ -249,7 +247,10 @@ def main() -> None:
     config = parse_config(PrepareConfig)
     check_config(config)
     settings = {name: value for name, value in asdict(config).items() if name not in ("resume", "overwrite")}
-    folder = claim_output_dir(config.output_dir, settings, resume=config.resume, overwrite=config.overwrite)
+    folder = claim_output_dir(
+        config.output_dir, settings, resume=config.resume, overwrite=config.overwrite,
+        inputs={"log": config.log, "adult_words": config.adult_words},
+    )  # fmt: skip
     if (folder / REPORT_NAME).is_file():
         print(f"{folder} is complete already; nothing to do. Report: {folder / REPORT_NAME}")
         return

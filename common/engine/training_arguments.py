@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from common.engine.deepspeed_config import trainer_deepspeed_config
+from common.engine.deepspeed_config import contradiction, trainer_deepspeed_config
 from common.engine.environment import write_environment
 from common.engine.trainer import remove_incomplete_checkpoints
 from common.engine.trainer_options import TrainerOptions
-from common.errors import InputError
 from common.files import claim_output_dir
+from common.inputs import step_inputs
 
 # What may change between a run and its continuation.
 MAY_DIFFER = frozenset(
@@ -34,8 +34,9 @@ def prepare_output(options: TrainerOptions) -> None:
     Raises `InputError` where `claim_output_dir` does.
     """
     output_dir = claim_output_dir(
-        options.output_dir, asdict(options), resume=options.resume, overwrite=options.overwrite, may_differ=MAY_DIFFER
-    )
+        options.output_dir, asdict(options), resume=options.resume, overwrite=options.overwrite, may_differ=MAY_DIFFER,
+        inputs=step_inputs(options),
+    )  # fmt: skip
     remove_incomplete_checkpoints(output_dir / "checkpoints")
     write_environment(output_dir, options)
 
@@ -80,8 +81,5 @@ def training_arguments(options: TrainerOptions, **extra: Any) -> TrainingArgumen
         **extra,
     )
     if args.hf_deepspeed_config.mismatches:
-        raise InputError(
-            f"{options.deepspeed_config} contradicts the flags: {'; '.join(args.hf_deepspeed_config.mismatches)}. "
-            "Write 'auto' there, or set the flags alike"
-        )
+        raise contradiction(options.deepspeed_config, args.hf_deepspeed_config.mismatches)
     return args

@@ -155,7 +155,7 @@ def test_no_examples_says_which_rule(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (["--log", "none.jsonl", "--output_dir", "x"], "none.jsonl: no such log"),
         (["--log", "{log}", "--output_dir", "x", "--max_bad_lines", "-1"], "--max_bad_lines must not be negative"),
         (["--log", "{log}", "--output_dir", "x", "--window", "3"], "did you mean '--windows'"),
-        (["--log", "{log}", "--output_dir", "x", "--num_targets", "0"], "--num_targets must be at least 1"),
+        (["--log", "{log}", "--output_dir", "x", "--num_targets", "0"], "--num_targets must be 1 or more"),
     ],
 )
 def test_bad_arguments_before_any_work(

@@ -86,6 +86,20 @@ def test_kept_are_the_newest_and_the_best(straight: Path) -> None:
     assert {path.name for path in list_checkpoints(straight / "checkpoints")} == names
 
 
+@pytest.mark.distributed
+def test_a_run_goes_on_with_other_pass_sizes_and_not_with_other_data(inputs: Path, tmp_path: Path) -> None:
+    begun, output = tmp_path / "inputs", tmp_path / "run"
+    shutil.copytree(inputs, begun)
+    run_successfully(begun, output, "--total_steps", "2")
+    sizes = ["--micro_batch_size", "3", "--scoring_batch_size", "3", "--decode_rows", "2"]
+    run_successfully(begun, output, "--total_steps", "4", "--resume", *sizes)
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 4
+    data = begun / "data" / "train.jsonl"
+    data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
+    for status, message in run(begun, output, "--total_steps", "4", "--resume"):
+        assert status == 2 and "changed since: --data_dir train.jsonl" in message
+
+
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint_whole(
     inputs: Path, straight: Path, tmp_path: Path
 ) -> None:
