@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.annotator_server import score_of  # noqa: E402
 from benchmarks.measuring import save  # noqa: E402
-from common.config import option, parse_config  # noqa: E402
+from common.config import MAX_SEED, option, parse_config  # noqa: E402
 from common.errors import run_command  # noqa: E402
 from common.feedback.annotator import words_by_query  # noqa: E402
 from common.feedback.labels import quarantine_path  # noqa: E402
@@ -44,12 +44,12 @@ WORDS = "trail running shoes flat feet best cheap recipe pasta garlic laptop sta
 class LoadConfig:
     """Label many records at an endpoint that fails often."""
 
-    records: int = option(2000, "Records to label.")
-    concurrency: int = option(64, "Requests under way at a time.")
-    fault_rate: float = option(0.2, "Share of requests that fail.")
-    slots: int = option(16, "Requests that the endpoint answers at a time.")
+    records: int = option(2000, "Records to label.", minimum=1)
+    concurrency: int = option(64, "Requests under way at a time.", minimum=1)
+    fault_rate: float = option(0.2, "Share of requests that fail.", maximum=1)
+    slots: int = option(16, "Requests that the endpoint answers at a time.", minimum=1)
     seconds: float = option(0.1, "Time that it takes for one.")
-    seed: int = option(0, "Seed of the records and the faults.")
+    seed: int = option(0, "Seed of the records and the faults.", maximum=MAX_SEED)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.config import option, parse_config
+from common.config import MAX_SEED, option, parse_config
 
 # What becomes of a request: an HTTP failure, an answer without content, or an answer whose content does not fit.
 HTTP_FAULTS = ("429", "500", "slow", "cut", "broken_body", "no_choices")
@@ -42,12 +42,12 @@ class ServerConfig:
     """An endpoint that answers at a set speed and fails at a set rate."""
 
     port: int = option(0, "Port on 127.0.0.1; 0 takes a free one, which is printed.")
-    slots: int = option(16, "Requests answered at a time; the others wait.")
+    slots: int = option(16, "Requests answered at a time; the others wait.", minimum=1)
     seconds: float = option(0.1, "Time that a request takes.")
-    fault_rate: float = option(0.0, "Share of requests that fail, all ways alike.")
+    fault_rate: float = option(0.0, "Share of requests that fail, all ways alike.", maximum=1)
     slow_seconds: float = option(8.0, "Time that a slow request takes.")
     retry_after: float = option(0.2, "Seconds that a 429 asks to wait.")
-    seed: int = option(0, "Seed of the faults.")
+    seed: int = option(0, "Seed of the faults.", maximum=MAX_SEED)
 
 
 @dataclass

@@ -31,7 +31,7 @@ from tqdm import tqdm  # noqa: E402
 
 from benchmarks import annotator_load  # noqa: E402
 from benchmarks.measuring import free_port, save  # noqa: E402
-from common.config import option, parse_config  # noqa: E402
+from common.config import MAX_SEED, option, parse_config  # noqa: E402
 from common.engine.checkpoint import list_checkpoints  # noqa: E402
 from common.engine.manifest import DAMAGED, damage  # noqa: E402
 from common.errors import InputError, run_command  # noqa: E402
@@ -50,7 +50,7 @@ class FaultsConfig:
     run: str = option("outputs/demo", "A finished run of scripts/run_all.sh: its models and data are used.")
     kills: int = option(50, "SIGKILLs of ranks of step 3.")
     label_kills: int = option(10, "SIGKILLs of the label command.")
-    seed: int = option(0, "Seed of the moments and the ranks.")
+    seed: int = option(0, "Seed of the moments and the ranks.", maximum=MAX_SEED)
     output: str = option("", "Where the result goes (default: benchmarks/results/faults.json).")
 
 

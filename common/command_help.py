@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from common.errors import DEBUG_FLAG
 
 GROUP = "group"  # key of a field's metadata: the heading that begins with this field
+LIMITS = ("minimum", "maximum", "above", "below")  # keys of a number's range, see common.config.check_numbers
 _LARGEST_WIDTH = 120
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -40,7 +41,7 @@ class GroupedParser(HfArgumentParser):
 
     def _parse_dataclass_field(self, parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
         field = copy.copy(field)
-        field.metadata = {key: value for key, value in field.metadata.items() if key != GROUP}
+        field.metadata = {key: value for key, value in field.metadata.items() if key not in (GROUP, *LIMITS)}
         heading = self._heading[self._titles[field.name]]
         HfArgumentParser._parse_dataclass_field(heading, field)
         if field.default is True:

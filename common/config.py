@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
 from itertools import takewhile
 from pathlib import Path
@@ -11,14 +12,21 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from common.command_help import GroupedParser
+from common.command_help import LIMITS, GroupedParser
 from common.errors import InputError, one_line
 
 Config = TypeVar("Config")
 
 
+MAX_SEED = 2**32 - 1  # numpy's
+
+
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with a default and the help text that `--help` shows; `group` begins a heading there."""
+    """A dataclass field with a default and the help text that `--help` shows; `group` begins a heading there.
+
+    A number lies within `minimum` (0 if none is given: no setting is negative), `maximum`, `above` and `below`; see
+    `check_numbers`.
+    """
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
@@ -31,7 +39,7 @@ class RunOptions:
     output_dir: str = option("", "Folder that this step writes; it must be new, or see resume and overwrite.")
     resume: bool = option(False, "Go on from the last complete checkpoint in output_dir.")
     overwrite: bool = option(False, "Replace the run that output_dir holds.")
-    seed: int = option(0, "Seed of every random choice: data order, sampling, initial weights.")
+    seed: int = option(0, "Seed of every random choice: data order, sampling, initial weights.", maximum=MAX_SEED)
     tensorboard: bool = option(True, "Write TensorBoard event files under output_dir/tensorboard.")
 
 
@@ -56,10 +64,12 @@ class LoraOptions:
     """Adapters instead of full fine-tuning (peft, docs/adapters.md)."""
 
     lora_r: int = option(0, "Rank of the LoRA adapters; 0 trains all weights.")
-    lora_alpha: int = option(16, "LoRA scale: the update is multiplied by lora_alpha / lora_r.")
+    lora_alpha: int = option(16, "LoRA scale: the update is multiplied by lora_alpha / lora_r.", minimum=1)
     lora_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_r), for high ranks (Kalajdzievski 2023).")
     lora_dora: bool = option(False, "Learn each weight's magnitude apart from its direction (DoRA, Liu et al. 2024).")
-    lora_dropout: float = option(0.0, "Dropout on the adapters' input. Keep 0 in step 3: log-probs must repeat.")
+    lora_dropout: float = option(
+        0.0, "Dropout on the adapters' input. Keep 0 in step 3: log-probs must repeat.", below=1
+    )
     lora_target_modules: str = option("all-linear", "Modules that get adapters: peft's name, or names with commas.")
     quantize: str = option(
         "none", "The frozen weights under the adapters in 4 bits (QLoRA, Dettmers et al. 2023); CUDA, ZeRO 0 to 2.",
@@ -91,7 +101,8 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None) -> C
 
     A second `--config` replaces the first, as a second value of any flag does.
 
-    Unknown keys and flags, wrong types and wrong choices raise `InputError` and name the nearest known key.
+    Unknown keys and flags, wrong types and wrong choices raise `InputError` and name the nearest known key; so do
+    numbers out of range.
     YAML values pass through the same conversion as flags, so `1e-4` is a number in both.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -104,7 +115,35 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None) -> C
     config, _, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown argument: {' '.join(unknown)}")
+    check_numbers(config)
     return config
+
+
+def check_numbers(config: Any) -> None:
+    """Raise `InputError` for a number of a config that is not finite, or that its `option` does not allow."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        limits = {name: field.metadata[name] for name in LIMITS if name in field.metadata}
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and (problem := _range_problem(number, **limits)):
+                raise InputError(f"--{field.name} {problem}, not {number}")
+
+
+def _range_problem(
+    number: float, minimum: float = 0, maximum: float = math.inf, above: float = -math.inf, below: float = math.inf
+) -> str:
+    """What is wrong with a number; empty where nothing is."""
+    if not math.isfinite(number):
+        return "must be a finite number"
+    if (minimum, maximum) == (0, 1) and not 0 <= number <= 1:
+        return "must lie between 0 and 1"
+    if number <= above:
+        return f"must be above {above}"
+    if number < minimum:
+        return f"must be {minimum} or more" if minimum else "must not be negative"
+    if number > maximum:
+        return f"must be {maximum} or less"
+    return f"must be below {below}" if number >= below else ""
 
 
 class _Parser(GroupedParser):
@@ -150,6 +189,8 @@ def _read_yaml(path: str) -> dict:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as a config file ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise InputError(f"{path}: not valid YAML ({one_line(error)})") from None
     if loaded is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import LoraOptions, option
+from common.config import LoraOptions, check_numbers, option
 from common.engine.adapter_options import check_adapters, check_dora
 from common.engine.trainer_options import TrainerOptions, check_trainer_options
 from common.errors import InputError
@@ -22,9 +22,11 @@ class SftConfig(LoraOptions, TrainerOptions):
     prompt_template: str = option(
         "plain", "'plain', 'compact', 'chat' (the model's own), or a template file.", group="prompts and responses",
     )
-    num_queries: int = option(3, "Queries a response (paper: 3 for AOL, 10 for the industrial log).")
-    max_prompt_tokens: int = option(512, "Token budget of a prompt; the oldest events are left out.")
-    max_response_tokens: int = option(64, "Longest response with EOS; examples that are longer are left out.")
+    num_queries: int = option(3, "Queries a response (paper: 3 for AOL, 10 for the industrial log).", minimum=1)
+    max_prompt_tokens: int = option(512, "Token budget of a prompt; the oldest events are left out.", minimum=1)
+    max_response_tokens: int = option(
+        64, "Longest response with EOS; examples that are longer are left out.", minimum=1
+    )
     prompt_loss_weight: float = option(
         0.0, "Weight of a prompt token in the loss; a response token has 1. Above 0 for a base that is not pretrained."
     )
@@ -35,11 +37,7 @@ def check_config(config: SftConfig) -> None:
     for name in ("model_name_or_path", "data_dir", "output_dir"):
         if not getattr(config, name):
             raise InputError(f"--{name} is missing")
-    for name in ("num_queries", "max_prompt_tokens", "max_response_tokens"):
-        if getattr(config, name) <= 0:
-            raise InputError(f"--{name} must be above 0, not {getattr(config, name)}")
-    if config.prompt_loss_weight < 0:
-        raise InputError(f"--prompt_loss_weight must not be negative, but is {config.prompt_loss_weight}")
+    check_numbers(config)
     check_trainer_options(config)
     check_adapters(config)
     check_dora(config)

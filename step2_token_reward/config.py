@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import option
+from common.config import check_numbers, option
 from common.engine.trainer_options import TrainerOptions, check_trainer_options
 from common.errors import InputError
 from common.models.reward_options import HEAD_OUTPUTS, NUM_CLASSES, RewardInputOptions
@@ -29,9 +29,11 @@ class Step2Config(TrainerOptions):
     prompt_template: str = option(
         "plain", "How a history is rendered: 'plain', 'compact', or a template file.", group="prompts and responses",
     )
-    num_queries: int = option(3, "Queries a response, as the template says it (paper: 3 for AOL).")
-    max_prompt_tokens: int = option(512, "Token budget of a history; the oldest events are left out.")
-    max_response_tokens: int = option(96, "Token budget of a response in this tokenizer; longer ones are cut off.")
+    num_queries: int = option(3, "Queries a response, as the template says it (paper: 3 for AOL).", minimum=1)
+    max_prompt_tokens: int = option(512, "Token budget of a history; the oldest events are left out.", minimum=1)
+    max_response_tokens: int = option(
+        96, "Token budget of a response in this tokenizer; longer ones are cut off.", minimum=1
+    )
     heads: str = option(
         "token", "What is judged: each word (token), or queries alone, the sentence-level baseline (sentence).",
         choices=list(HEAD_OUTPUTS),
@@ -42,17 +44,19 @@ class Step2Config(TrainerOptions):
         "learned from the query labels of the held-out responses, for annotators with another idea of a good query.",
         choices=["conjunction", "learned"],
     )
-    w: float = option(0.5, "Weight of the local (token) loss; the global (sentence) loss has 1 - w (paper: 0.4-0.6).")
+    w: float = option(
+        0.5, "Weight of the local (token) loss; the global (sentence) loss has 1 - w (paper: 0.4-0.6).", maximum=1
+    )
     class_weights: list[float] = option(
         [], f"Weights of the local loss, {_CLASSES}; none: inverse class frequency of the training tokens."
     )
     class_keep_ratios: list[float] = option(
         [], f"Class mask: chance of a token to stay in the local loss, {_CLASSES}; none: all stay."
     )
-    learning_rate: float = option(3e-5, "Peak learning rate of AdamW.")
-    per_device_train_batch_size: int = option(8, "Responses a rank and a micro-batch.")
-    per_device_eval_batch_size: int = option(16, "Responses a rank in evaluation.")
-    warmup_ratio: float = option(0.06, "Share of the steps in which the learning rate rises.")
+    learning_rate: float = option(3e-5, "Peak learning rate of AdamW.", above=0)
+    per_device_train_batch_size: int = option(8, "Responses a rank and a micro-batch.", minimum=1)
+    per_device_eval_batch_size: int = option(16, "Responses a rank in evaluation.", minimum=1)
+    warmup_ratio: float = option(0.06, "Share of the steps in which the learning rate rises.", below=1)
     lr_scheduler_type: str = option(
         "linear", "How the learning rate falls.", choices=["cosine", "linear", "constant_with_warmup"]
     )
@@ -70,14 +74,10 @@ def check_config(config: Step2Config) -> None:
     for name in ("model_name_or_path", "samples", "labels", "output_dir"):
         if not getattr(config, name):
             raise InputError(f"--{name} is missing")
-    for name in ("num_queries", "max_prompt_tokens", "max_response_tokens"):
-        if getattr(config, name) <= 0:
-            raise InputError(f"--{name} must be above 0, not {getattr(config, name)}")
+    check_numbers(config)
     if config.query_rule == "learned" and config.heads == "sentence":
         raise InputError("--query_rule learned is for words' scores; a model with --heads sentence has none")
     check_trainer_options(config)
-    if not 0 <= config.w <= 1:
-        raise InputError(f"--w is the local loss's share of the whole, 0 to 1, not {config.w}")
     if config.class_weights and (len(config.class_weights) != NUM_CLASSES or min(config.class_weights) <= 0):
         raise InputError(f"--class_weights needs {NUM_CLASSES} numbers above 0, {_CLASSES}; not {config.class_weights}")
     ratios = config.class_keep_ratios

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import option, parse_config
+from common.config import MAX_SEED, option, parse_config
 from common.data.cleaning import hash_fraction
 from common.errors import InputError, one_line, run_command
 from common.feedback.annotator import SCORES, Annotation, words_by_query
@@ -36,8 +36,8 @@ class GoldConfig:
 
     samples: str = option("", "The responses: samples.jsonl, written by sample.py.")
     gold: str = option("", "The table to write, ending in .tsv.")
-    count: int = option(100, "Responses to label, drawn by hash.")
-    seed: int = option(0, "Seed of the draw.")
+    count: int = option(100, "Responses to label, drawn by hash.", minimum=1)
+    seed: int = option(0, "Seed of the draw.", maximum=MAX_SEED)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from common.config import option, parse_config
+from common.config import MAX_SEED, option, parse_config
 from common.data.cleaning import hash_fraction
 from common.errors import InputError, run_command
 from common.feedback.annotator import (
@@ -66,13 +66,14 @@ class LabelConfig(EndpointOptions):
         group="annotator",
     )
     truth: str = option("", "For the annotator simulated: truth.jsonl of the embedded log.")
-    word_error_rate: float = option(0.0, "For the annotator simulated: share of wrong labels.")
-    seed: int = option(0, "Seed of the share, and of the errors of the annotator simulated.")
+    word_error_rate: float = option(0.0, "For the annotator simulated: share of wrong labels.", maximum=1)
+    seed: int = option(0, "Seed of the share, and of the errors of the annotator simulated.", maximum=MAX_SEED)
     template: str = option(
         LLM_TEMPLATE, "For the annotator llm: the prompt, by name (common/feedback/llm/templates) or as a file."
     )
     share: float = option(
         1.0, "Label this share of the samples only, drawn by hash: to measure agreement.", group="how much",
+        above=0, maximum=1
     )
     dry_run: bool = option(
         False, "For the annotator llm: print calls, estimated tokens and the first prompt, and ask nothing."

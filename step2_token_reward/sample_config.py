@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import ModelOptions, option
+from common.config import MAX_SEED, ModelOptions, check_numbers, option
 from common.errors import InputError
 
 
@@ -20,20 +20,21 @@ class SampleConfig(ModelOptions):
     output_dir: str = option("", "Folder that gets samples.jsonl.")
     resume: bool = option(False, "Go on with the parts that a killed run left out.")
     overwrite: bool = option(False, "Replace the samples that output_dir holds.")
-    seed: int = option(0, "Seed of the choice of examples, the responses and the corruptions.")
+    seed: int = option(0, "Seed of the choice of examples, the responses and the corruptions.", maximum=MAX_SEED)
     prompt_template: str = option("plain", "The template of step 1.", group="prompts and responses")
-    num_queries: int = option(3, "Queries a response, as in step 1.")
-    max_prompt_tokens: int = option(512, "Token budget of a prompt, as in step 1.")
-    max_response_tokens: int = option(64, "A response is cut off here; it then counts as not finished.")
-    samples_per_prompt: int = option(1, "Sampled responses an example.", group="what is sampled")
-    temperature: float = option(1.0, "1 samples the model itself, which is what step 3 will see.")
+    num_queries: int = option(3, "Queries a response, as in step 1.", minimum=1)
+    max_prompt_tokens: int = option(512, "Token budget of a prompt, as in step 1.", minimum=1)
+    max_response_tokens: int = option(64, "A response is cut off here; it then counts as not finished.", minimum=1)
+    samples_per_prompt: int = option(1, "Sampled responses an example.", group="what is sampled", minimum=1)
+    temperature: float = option(1.0, "1 samples the model itself, which is what step 3 will see.", above=0)
     gold: bool = option(True, "Also write the true next queries, as a response of origin 'gold'.")
     corrupt_share: float = option(
-        0.0, "Share of examples with one more response, a sampled one made worse: words repeated, swapped, or a line."
+        0.0, "Share of examples with one more response, a sampled one made worse: words repeated, swapped, or a line.",
+        maximum=1
     )
     max_train_examples: int = option(0, "Take this many train examples, drawn at random; 0 takes all.")
     max_dev_examples: int = option(0, "Take this many dev examples, drawn at random; 0 takes all.")
-    batch_size: int = option(32, "Responses a rank decodes at once.")
+    batch_size: int = option(32, "Responses a rank decodes at once.", minimum=1)
     hang_timeout: float = option(
         1800.0, "End the job when no response ends on a rank for so many seconds; 0: never."
     )
@@ -44,12 +45,4 @@ def check_config(config: SampleConfig) -> None:
     for name in ("model_name_or_path", "data_dir", "output_dir"):
         if not getattr(config, name):
             raise InputError(f"--{name} is missing")
-    for name in ("num_queries", "max_prompt_tokens", "max_response_tokens", "batch_size", "samples_per_prompt"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} must be 1 or more, not {getattr(config, name)}")
-    if config.hang_timeout < 0:
-        raise InputError(f"--hang_timeout must not be negative, but is {config.hang_timeout}")
-    if config.temperature <= 0:
-        raise InputError(f"--temperature must be above 0, not {config.temperature}: samples are to differ")
-    if not 0 <= config.corrupt_share <= 1:
-        raise InputError(f"--corrupt_share is a share of the examples, 0 to 1, not {config.corrupt_share}")
+    check_numbers(config)

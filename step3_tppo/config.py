@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
-from common.config import LoraOptions, ModelOptions, OptimizerOptions, RunOptions, ZeroOptions, option
+from common.config import LoraOptions, ModelOptions, OptimizerOptions, RunOptions, ZeroOptions, check_numbers, option
 from common.engine.adapter_options import check_adapters, check_dora
 from common.errors import InputError
 from common.feedback.names import ANNOTATORS, OWN, check_annotator_name
@@ -34,21 +34,21 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
         "", "Token to pad with when the tokenizer has none: 'eos' or a token.", group="prompts and responses",
     )
     prompt_template: str = option("plain", "plain, compact, chat, or a Jinja file. As in step 1.")
-    num_queries: int = option(3, "k, queries a response (paper: 3 for AOL, 10 for the industrial log).")
-    max_prompt_tokens: int = option(512, "Budget of the prompt in tokens; the oldest events are left out.")
-    max_response_tokens: int = option(48, "Longest response in tokens, EOS included.")
+    num_queries: int = option(3, "k, queries a response (paper: 3 for AOL, 10 for the industrial log).", minimum=1)
+    max_prompt_tokens: int = option(512, "Budget of the prompt in tokens; the oldest events are left out.", minimum=1)
+    max_response_tokens: int = option(48, "Longest response in tokens, EOS included.", minimum=1)
 
     total_steps: int = option(
-        200, "Rollouts to make, each followed by its PPO updates.", group="rollouts and batches",
+        200, "Rollouts to make, each followed by its PPO updates.", group="rollouts and batches", minimum=1,
     )
-    rollout_batch_size: int = option(64, "Prompts a rollout, over all ranks.")
-    samples_per_prompt: int = option(1, "Responses sampled for each prompt.")
-    mini_batch_size: int = option(32, "Responses an optimiser step, over all ranks.")
-    micro_batch_size: int = option(8, "Responses a forward and backward pass, on each rank.")
+    rollout_batch_size: int = option(64, "Prompts a rollout, over all ranks.", minimum=1)
+    samples_per_prompt: int = option(1, "Responses sampled for each prompt.", minimum=1)
+    mini_batch_size: int = option(32, "Responses an optimiser step, over all ranks.", minimum=1)
+    micro_batch_size: int = option(8, "Responses a forward and backward pass, on each rank.", minimum=1)
     micro_batch_tokens: int = option(
         0, "Tokens a forward and backward pass, prompts and padding included, in place of micro_batch_size; 0: off."
     )
-    scoring_batch_size: int = option(32, "Responses a pass without gradients, on each rank.")
+    scoring_batch_size: int = option(32, "Responses a pass without gradients, on each rank.", minimum=1)
     scoring_batch_tokens: int = option(
         0, "As micro_batch_tokens, for a pass without gradients, which needs far less memory."
     )
@@ -58,8 +58,8 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
         "auto", "Rows of a pass one behind the other, without padding; auto: where flash attention skips the rest.",
         choices=["auto", "true", "false"],
     )
-    ppo_epochs: int = option(1, "Passes over each rollout.")
-    temperature: float = option(1.0, "Sampling temperature; log-probs are those of the same distribution.")
+    ppo_epochs: int = option(1, "Passes over each rollout.", minimum=1)
+    temperature: float = option(1.0, "Sampling temperature; log-probs are those of the same distribution.", above=0)
 
     actor_learning_rate: float = option(
         1e-6, "Peak learning rate of the actor (full fine-tuning of 7B class models).", group="optimisers",
@@ -70,20 +70,20 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
     )
     warmup_steps: int = option(0, "Steps of linear learning-rate warm-up.")
     weight_decay: float = option(0.0, "AdamW's weight decay.")
-    adam_epsilon: float = option(1e-5, "AdamW's epsilon (summarize_from_feedback_details, detail of PPO).")
+    adam_epsilon: float = option(1e-5, "AdamW's epsilon (summarize_from_feedback_details, detail of PPO).", above=0)
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
     critic_warmup_steps: int = option(5, "First steps in which the critic alone learns.")
 
-    gamma: float = option(1.0, "Discount.", group="PPO and the KL")
+    gamma: float = option(1.0, "Discount.", group="PPO and the KL", maximum=1)
     line_gamma: float = option(
-        1.0, "Further discount across a line break; 0: each query of a list is an episode of its own."
+        1.0, "Further discount across a line break; 0: each query of a list is an episode of its own.", maximum=1
     )
-    lam: float = option(0.95, "Lambda of generalised advantage estimation.")
-    clip_range: float = option(0.2, "PPO's epsilon for the policy.")
+    lam: float = option(0.95, "Lambda of generalised advantage estimation.", maximum=1)
+    clip_range: float = option(0.2, "PPO's epsilon for the policy.", above=0)
     clip_range_high: float = option(0.0, "Epsilon above 1 (clip-higher, DAPO: 0.28); 0: the same as clip_range.")
     dual_clip: float = option(0.0, "c > 1: bounds a negative advantage's objective at c A (verl: 3); 0: off.")
     entropy_coef: float = option(0.0, "Weight of the policy's entropy as a bonus in the loss.")
-    value_clip_range: float = option(0.2, "Epsilon of the clipped value loss.")
+    value_clip_range: float = option(0.2, "Epsilon of the clipped value loss.", above=0)
     whiten_advantages: bool = option(True, "Whiten advantages over the response tokens of all ranks.")
     kl_coef: float = option(0.08, "beta: cost of a nat of KL to the reference, at each token.")
     kl_in: str = option(
@@ -95,7 +95,9 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
         choices=["k1", "k2", "k3"],
     )
     kl_target: float = option(0.0, "Steer kl_coef to this KL, in nats a response (Ziegler et al.); 0: keep it.")
-    kl_horizon: int = option(10_000, "With kl_target: responses over which a KL 20 % off changes kl_coef by 20 %.")
+    kl_horizon: int = option(
+        10_000, "With kl_target: responses over which a KL 20 % off changes kl_coef by 20 %.", minimum=1
+    )
     max_kl: float = option(100.0, "End the run once the KL to the reference exceeds so many nats a response; 0: never.")
     target_kl: float = option(0.1, "Skip what is left of a rollout's updates once approx_kl exceeds it; 0: never.")
 
@@ -109,12 +111,14 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
     )
     centre_rewards: bool = option(True, "Score 0..2 becomes -1..1: an all-positive reward pays for length.")
     normalise_rewards: bool = option(True, "Divide by the query's words: long queries are not worth more.")
-    reward_scale: float = option(1.0, "Factor on all rewards but the KL's.")
+    reward_scale: float = option(1.0, "Factor on all rewards but the KL's.", above=0)
     reward_norm: str = option(
         "none", "Divide rewards by their running deviation (running), or whiten them at each place (position).",
         choices=["none", "running", "position"],
     )
-    length_alpha: float = option(0.9, "Length-weighted penalty: factor for each token past the suggested length.")
+    length_alpha: float = option(
+        0.9, "Length-weighted penalty: factor for each token past the suggested length.", maximum=1
+    )
     suggested_length: int = option(0, "sl, in tokens a query; 0: the median over the training targets (paper).")
     sentence_coef: float = option(
         2.0, "Weight of a query's score, which stands at its last token, where its words together weigh 1."
@@ -133,7 +137,8 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
         choices=["model", "monitor"],
     )
     monitor_margin: float = option(
-        0.0, "Stop once the judged relevance rate is this far below its best although the reward is not; 0: never."
+        0.0, "Stop once the judged relevance rate is this far below its best although the reward is not; 0: never.",
+        maximum=1
     )
 
     hybrid_weights: str = option(
@@ -151,15 +156,18 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
         "stop", "Before weights are loaded, plan what a rank will hold; stop, or warn, where it has not that much.",
         choices=["off", "warn", "stop"],
     )
-    save_steps: int = option(50, "Checkpoint every so many steps, and at the end.", group="checkpoints and samples")
+    save_steps: int = option(
+        50, "Checkpoint every so many steps, and at the end.", group="checkpoints and samples", minimum=1
+    )
     keep_checkpoints: int = option(
-        2, "Newest checkpoints to keep, besides the one of the highest judged relevance (without a monitor: reward)."
+        2, "Newest checkpoints to keep, besides the one of the highest judged relevance (without a monitor: reward).",
+        minimum=1
     )
     hang_timeout: float = option(
         1800.0, "End the job when a rank makes no progress in a phase (rollout, update, checkpoint) for so many "
         "seconds; 0: never."
     )
-    sample_steps: int = option(20, "Show sampled responses with each token's reward every so many steps.")
+    sample_steps: int = option(20, "Show sampled responses with each token's reward every so many steps.", minimum=1)
 
     def of_critic(self) -> Self:
         """The settings that the critic's adapters are made of: `critic_lora_r` is their rank, and nothing is quantised.
@@ -174,25 +182,7 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
         for name in ("output_dir", "actor_path", "reward_path", "data_dir"):
             if not getattr(self, name):
                 raise InputError(f"--{name} is missing (see --help, or give a --config that holds it)")
-        positive = (
-            "num_queries", "max_prompt_tokens", "max_response_tokens", "total_steps", "rollout_batch_size",
-            "samples_per_prompt", "mini_batch_size", "micro_batch_size", "scoring_batch_size", "ppo_epochs",
-            "temperature", "kl_horizon", "reward_scale", "save_steps", "keep_checkpoints", "sample_steps",
-        )
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise InputError(f"--{name} must be positive, not {getattr(self, name)}")
-        not_negative = (
-            "kl_coef", "clip_range_high", "entropy_coef", "kl_target", "sentence_coef", "decode_rows",
-            "micro_batch_tokens", "scoring_batch_tokens", "hang_timeout",
-            "max_kl", "critic_lora_r",
-        )
-        for name in not_negative:
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} must not be negative, but is {getattr(self, name)}")
-        for name in ("gamma", "line_gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"--{name} must lie between 0 and 1, not {getattr(self, name)}")
+        check_numbers(self)
         check_annotator_name(self.monitor, "monitor", known=("", *ANNOTATORS))
         if self.monitor_margin > 0 and not self.monitor:
             raise InputError("--monitor_margin needs --monitor: without a judge there is nothing to compare with")

@@ -44,7 +44,7 @@ class StudyConfig:
     results_dir: str = option("", "Where records, tables and figures go (default: docs/results, or work_dir if quick).")
     real_log: list[str] = option([], "Real search logs for the part 'real'; none leaves it out.")
     parts: list[str] = option(list(PARTS), f"Which parts to run: {', '.join(PARTS)}; the search comes first.")
-    workers: int = option(2, "Jobs at a time; give each a core.")
+    workers: int = option(2, "Jobs at a time; give each a core.", minimum=1)
     forecast: bool = option(False, "Say how long it would take, by what such jobs took before; run nothing.")
     report_only: bool = option(False, "Write tables and figures from the records that are there; run nothing.")
 

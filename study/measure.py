@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from common.config import ModelOptions, option, parse_config
+from common.config import MAX_SEED, ModelOptions, option, parse_config
 from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
@@ -47,14 +47,16 @@ class MeasureConfig(ModelOptions):
     max_examples: int = option(0, "The first so many examples; 0 uses all.")
     truth: str = option("", "truth.jsonl of the embedded log; without it the lexical annotator alone judges.")
     output: str = option("", "The record to write.")
-    num_queries: int = option(3, "Queries a response.")
+    num_queries: int = option(3, "Queries a response.", minimum=1)
     prompt_template: str = option("compact", "The template that the system was trained with.")
-    max_prompt_tokens: int = option(160, "Prompt budget in tokens.")
-    max_response_tokens: int = option(32, "Longest response in tokens.")
-    temperature: float = option(1.0, "Of sampled decoding, as in step 3; log-probs for the KL are taken at it too.")
-    samples: int = option(1, "Sampled responses an example: more of them take chance out of a comparison.")
-    batch_size: int = option(64, "Prompts generated at once.")
-    seed: int = option(0, "Seed of the sampled responses.")
+    max_prompt_tokens: int = option(160, "Prompt budget in tokens.", minimum=1)
+    max_response_tokens: int = option(32, "Longest response in tokens.", minimum=1)
+    temperature: float = option(
+        1.0, "Of sampled decoding, as in step 3; log-probs for the KL are taken at it too.", above=0
+    )
+    samples: int = option(1, "Sampled responses an example: more of them take chance out of a comparison.", minimum=1)
+    batch_size: int = option(64, "Prompts generated at once.", minimum=1)
+    seed: int = option(0, "Seed of the sampled responses.", maximum=MAX_SEED)
 
 
 def main() -> None:

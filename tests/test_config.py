@@ -16,6 +16,10 @@ class Toy(RunOptions):
     rate: float = option(0.1, "A rate.")
     names: list[str] = option(["a"], "Some names.")
     kind: str = option("x", "A kind.", choices=["x", "y"])
+    parts: int = option(2, "Some parts.", minimum=1)
+    share: float = option(0.5, "A share.", maximum=1)
+    mass: float = option(1.0, "Some mass.", above=0, below=2)
+    weights: list[float] = option([], "Some weights.")
 
 
 def parse(*argv: str) -> Toy:
@@ -54,6 +58,53 @@ def test_bad_yaml(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError) as error:
         parse("--config", yaml(tmp_path, text))
     assert message in str(error.value)
+
+
+def test_a_folder_is_no_config_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read as a config file"):
+        parse("--config", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seed", "-1"], "--seed must not be negative, not -1"),
+        (["--seed", "4294967296"], "--seed must be 4294967295 or less, not 4294967296"),
+        (["--rate", "nan"], "--rate must be a finite number, not nan"),
+        (["--rate", "1e400"], "--rate must be a finite number, not inf"),
+        (["--rate", "-0.1"], "--rate must not be negative, not -0.1"),
+        (["--parts", "0"], "--parts must be 1 or more, not 0"),
+        (["--share", "1.5"], "--share must lie between 0 and 1, not 1.5"),
+        (["--mass", "0"], "--mass must be above 0, not 0.0"),
+        (["--mass", "2"], "--mass must be below 2, not 2.0"),
+        (["--weights", "1", "inf"], "--weights must be a finite number, not inf"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse(*flags)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: -1", "--seed must not be negative, not -1"),
+        ("rate: .nan", "--rate must be a finite number, not nan"),
+        ("weights: [1, .inf]", "--weights must be a finite number, not inf"),
+    ],
+)
+def test_numbers_of_a_file_are_checked_too(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse("--config", yaml(tmp_path, text))
+    assert str(error.value) == message
+
+
+def test_numbers_at_the_ends_of_their_ranges_are_taken() -> None:
+    flags = ["--seed", "4294967295", "--rate", "0", "--parts", "1", "--share", "1", "--mass", "1e-9", "--weights", "0"]
+    config = parse(*flags)
+    assert (config.seed, config.rate, config.parts, config.share, config.mass) == (2**32 - 1, 0.0, 1, 1.0, 1e-9)
+    assert config.weights == [0.0]
 
 
 def test_bad_flags() -> None:

@@ -256,7 +256,7 @@ def test_gold_and_corrupted_rows_are_options(folders):
     [
         ({"data_dir": ""}, "--data_dir is missing"),
         ({"temperature": 0.0}, "--temperature must be above 0"),
-        ({"corrupt_share": 1.5}, "--corrupt_share is a share"),
+        ({"corrupt_share": 1.5}, "--corrupt_share must lie between 0 and 1"),
         ({"samples_per_prompt": 0}, "--samples_per_prompt must be 1 or more"),
     ],
 )

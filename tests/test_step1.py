@@ -321,9 +321,9 @@ class TestConfig:
         ("changes", "message"),
         [
             ({"data_dir": ""}, "--data_dir is missing"),
-            ({"eval_steps": 0}, "--eval_steps must be above 0"),
+            ({"eval_steps": 0}, "--eval_steps must be 1 or more"),
             ({"save_total_limit": 1}, "--save_total_limit must be 2 or more"),
-            ({"warmup_ratio": 1.0}, "--warmup_ratio is a share"),
+            ({"warmup_ratio": 1.0}, "--warmup_ratio must be below 1"),
             ({"prompt_loss_weight": -0.1}, "--prompt_loss_weight"),
         ],
     )

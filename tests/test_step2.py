@@ -306,14 +306,14 @@ GIVEN = ["--model_name_or_path", "m", "--samples", "s", "--labels", "l", "--outp
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--w", "1.5"], "--w is the local loss's share"),
+        (["--w", "1.5"], "--w must lie between 0 and 1"),
         (["--class_weights", "1", "2"], "--class_weights needs 3 numbers"),
         (["--class_weights", "1", "2", "0"], "--class_weights needs 3 numbers"),
         (["--class_keep_ratios", "1", "0.5", "1.5"], "--class_keep_ratios needs 3 numbers"),
         (["--learning_rate", "0"], "--learning_rate must be above 0"),
         (["--samples", ""], "--samples is missing"),
         (["--save_total_limit", "1"], "--save_total_limit must be 2 or more"),
-        (["--warmup_ratio", "1"], "--warmup_ratio is a share"),
+        (["--warmup_ratio", "1"], "--warmup_ratio must be below 1"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(flags: list[str], message: str) -> None:

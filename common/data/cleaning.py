@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common.config import option
+from common.config import check_numbers, option
 from common.data.privacy import has_private_data, mask_url
 from common.data.records import Event, Record
 from common.errors import InputError
@@ -26,7 +26,9 @@ DAY = 86_400
 class CleaningOptions:
     """What of a log is kept. A zero turns a rule off."""
 
-    user_share: float = option(1.0, "Share of groups (users) that are kept, chosen by hash, to sample a large log.")
+    user_share: float = option(
+        1.0, "Share of groups (users) that are kept, chosen by hash, to sample a large log.", above=0, maximum=1
+    )
     max_queries_per_day: int = option(100, "Drop users with more searches than this on one day: suspected bots.")
     max_queries: int = option(1000, "Drop users with more searches than this in all: suspected bots.")
     adult_words: str = option("", "File with a word or phrase a line; users who searched for one are dropped.")
@@ -216,11 +218,6 @@ def _read_phrases(path: str) -> frozenset[str]:
 
 
 def _check(options: CleaningOptions) -> None:
-    limits = ("max_queries_per_day", "max_queries", "min_chars", "max_chars", "max_words", "k_anonymity", "min_queries")
-    for name in limits:
-        if getattr(options, name) < 0:
-            raise InputError(f"--{name} must not be negative, found {getattr(options, name)} (0 turns it off)")
-    if not 0 < options.user_share <= 1:
-        raise InputError(f"--user_share must lie above 0 and not above 1, found {options.user_share}")
+    check_numbers(options)
     if options.max_chars and options.min_chars > options.max_chars:
         raise InputError(f"--min_chars {options.min_chars} is above --max_chars {options.max_chars}: no query is left")

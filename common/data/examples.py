@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from common.config import option
+from common.config import check_numbers, option
 from common.data.cleaning import RuleTally, hash_fraction
 from common.data.records import SPLITS, Event, Example, Record, parse_time
 from common.errors import InputError
@@ -36,12 +36,14 @@ _NAVIGATIONAL = re.compile(
 class ExampleOptions:
     """How examples are cut from a record, and how they are split."""
 
-    num_targets: int = option(3, "Queries to predict: searches in a row (the paper: 3 on AOL, 10 on its own log).")
+    num_targets: int = option(
+        3, "Queries to predict: searches in a row (the paper: 3 on AOL, 10 on its own log).", minimum=1
+    )
     windows: int = option(1, "Examples a record: the newest N places for the targets; 1 is the last searches, 0 all.")
     navigational_targets: bool = option(False, "Let a query that is only a web address be a target.")
     max_history_events: int = option(200, "Newest events of a history that are kept; 0 keeps all.")
-    dev_share: float = option(0.1, "Share of groups in dev, chosen by hash, where records name no split.")
-    test_share: float = option(0.2, "Share of groups in test, chosen by hash, where records name no split.")
+    dev_share: float = option(0.1, "Share of groups in dev, chosen by hash, where records name no split.", maximum=1)
+    test_share: float = option(0.2, "Share of groups in test, chosen by hash, where records name no split.", maximum=1)
     split_time: str = option(
         "", "ISO time or seconds: train and dev targets must lie before it, test targets at it or after."
     )
@@ -220,13 +222,7 @@ def _parse_split_time(text: str) -> float | None:
 
 
 def _check(options: ExampleOptions) -> None:
-    if options.num_targets < 1:
-        raise InputError(f"--num_targets must be at least 1, found {options.num_targets}")
-    for name in ("windows", "max_history_events", "max_test_examples"):
-        if getattr(options, name) < 0:
-            raise InputError(f"--{name} must not be negative, found {getattr(options, name)}")
-    if min(options.dev_share, options.test_share) < 0 or options.dev_share + options.test_share > 1:
-        raise InputError(
-            f"--dev_share {options.dev_share} and --test_share {options.test_share} must not be negative "
-            "and together not above 1"
-        )
+    check_numbers(options)
+    if options.dev_share + options.test_share > 1:
+        shares = f"--dev_share {options.dev_share} and --test_share {options.test_share}"
+        raise InputError(f"{shares} are more than 1 together")

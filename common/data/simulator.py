@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from common.config import option, parse_config
+from common.config import MAX_SEED, check_numbers, option, parse_config
 from common.data.records import Event, Record
 from common.data.simulated_queries import (
     Intention,
@@ -69,15 +69,17 @@ class SimulatorConfig:
     )
     resume: bool = option(False, "Keep the log that output_dir holds if it is complete; else write it.")
     overwrite: bool = option(False, "Replace the log that output_dir holds.")
-    num_users: int = option(3000, "Users in the log.", group="the log")
-    num_targets: int = option(3, "A user's last searches with the target noise: the queries to be predicted.")
-    min_history: int = option(6, "Fewest searches before the targets.")
-    max_history: int = option(8, "Most searches before the targets.")
-    history_noise: float = option(0.1, "Share of noisy searches before the targets.")
-    target_noise: float = option(0.35, "Share of noisy searches among the targets.")
-    dev_share: float = option(0.1, "Share of users in the split dev.")
-    test_share: float = option(0.15, "Share of users in the split test.")
-    seed: int = option(0, "Seed; the same seed writes the same bytes.")
+    num_users: int = option(3000, "Users in the log.", group="the log", minimum=1)
+    num_targets: int = option(
+        3, "A user's last searches with the target noise: the queries to be predicted.", minimum=1
+    )
+    min_history: int = option(6, "Fewest searches before the targets.", minimum=1)
+    max_history: int = option(8, "Most searches before the targets.", minimum=1)
+    history_noise: float = option(0.1, "Share of noisy searches before the targets.", maximum=1)
+    target_noise: float = option(0.35, "Share of noisy searches among the targets.", maximum=1)
+    dev_share: float = option(0.1, "Share of users in the split dev.", maximum=1)
+    test_share: float = option(0.15, "Share of users in the split test.", maximum=1)
+    seed: int = option(0, "Seed; the same seed writes the same bytes.", maximum=MAX_SEED)
 
 
 class SimulatedUser(NamedTuple):
@@ -115,11 +117,7 @@ def write_log(config: SimulatorConfig, folder: Path) -> None:
 
 
 def _check(config: SimulatorConfig) -> None:
-    for name in ("history_noise", "target_noise", "dev_share", "test_share"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise InputError(f"--{name} must lie between 0 and 1, found {getattr(config, name)}")
-    if config.num_targets < 1:
-        raise InputError(f"--num_targets must be at least 1, found {config.num_targets}")
+    check_numbers(config)
     if not 1 <= config.min_history <= config.max_history:
         raise InputError(
             f"--min_history {config.min_history} and --max_history {config.max_history}: "

@@ -33,8 +33,6 @@ def check_dora(options: AdapterOptions) -> None:
 
 def check_adapters(options: AdapterOptions) -> None:
     """Raise `InputError` for settings of adapters that cannot work together, on any machine."""
-    if options.lora_r < 0:
-        raise InputError(f"--lora_r is the rank of the adapters, 0 for none, not {options.lora_r}")
     for flag in ("lora_rslora", "lora_dora"):
         if getattr(options, flag) and options.lora_r == 0:
             raise InputError(f"--{flag} is for adapters and there are none; add --lora_r 16")

@@ -36,7 +36,7 @@ class ConvertConfig:
     """Write a checkpoint's universal form, which any number of ranks can resume from."""
 
     checkpoint: str = option("", "The checkpoint's folder, as the refused run named it.")
-    workers: int = option(4, "Processes that convert; each holds some parameters in memory.")
+    workers: int = option(4, "Processes that convert; each holds some parameters in memory.", minimum=1)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.config import ModelOptions, option, parse_config
+from common.config import MAX_SEED, ModelOptions, check_numbers, option, parse_config
 from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.data.records import SPLITS, Example
@@ -75,22 +75,24 @@ class EvaluateConfig(EndpointOptions, ModelOptions):
     )
     split: str = option("test", "Whose examples are used.", choices=list(SPLITS), group="examples and decoding")
     max_examples: int = option(0, "Use a random sample of this many examples; 0 uses all.")
-    num_queries: int = option(3, "Queries asked for (the paper's k: AOL 3, industrial log 10).")
+    num_queries: int = option(3, "Queries asked for (the paper's k: AOL 3, industrial log 10).", minimum=1)
     prompt_template: str = option("plain", "The template that the systems were trained with.")
-    max_prompt_tokens: int = option(512, "Prompt budget in tokens; the newest events are kept.")
-    max_new_tokens: int = option(64, "Longest response in tokens, EOS included.")
+    max_prompt_tokens: int = option(512, "Prompt budget in tokens; the newest events are kept.", minimum=1)
+    max_new_tokens: int = option(64, "Longest response in tokens, EOS included.", minimum=1)
     decoding: str = option(
         "both", "sampled, greedy, or both: then the main figures are sampled and the greedy ones stand beside them.",
         choices=["sampled", "greedy", "both"],
     )
     temperature: float = option(1.0, "Of sampled decoding; 1 is the model's own distribution.")
-    batch_size: int = option(64, "Responses decoded at once; with any, a seed draws the same, except for rounding.")
-    resamples: int = option(10_000, "Bootstrap resamples behind each interval.", group="report")
+    batch_size: int = option(
+        64, "Responses decoded at once; with any, a seed draws the same, except for rounding.", minimum=1
+    )
+    resamples: int = option(10_000, "Bootstrap resamples behind each interval.", group="report", minimum=1)
     shown_examples: int = option(5, "Examples printed in report.md, drawn at random; they hold text from the log.")
     timings: list[str] = option(
         [], 'Files with {"stage": seconds} to be taken into the report.'
     )
-    seed: int = option(0, "Seed of the sample of examples, the sampled responses and the bootstrap.")
+    seed: int = option(0, "Seed of the sample of examples, the sampled responses and the bootstrap.", maximum=MAX_SEED)
 
 
 def main() -> None:
@@ -257,12 +259,7 @@ def check_config(config: EvaluateConfig) -> None:
         if not getattr(config, name):
             raise InputError(f"--{name} is needed")
     check_annotator_name(config.annotator, "annotator", known=(*ANNOTATORS, LLM))
-    for name in ("num_queries", "max_prompt_tokens", "max_new_tokens", "batch_size", "resamples"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("max_examples", "shown_examples", "seed"):
-        if getattr(config, name) < 0:
-            raise InputError(f"--{name} must not be negative, not {getattr(config, name)}")
+    check_numbers(config)
 
 
 def claim_report(output_dir: str, overwrite: bool) -> Path:

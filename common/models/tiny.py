@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from common.config import option, parse_config
+from common.config import MAX_SEED, option, parse_config
 from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
@@ -37,13 +37,13 @@ class TinyModelConfig:
     output_dir: str = option("", "Model folder to write.")
     overwrite: bool = option(False, "Replace the model that output_dir holds.")
     prompt_template: str = option("plain", "Template that step 1 will render prompts with: a name or a file.")
-    num_queries: int = option(3, "Queries a response.")
-    vocab_size: int = option(1800, "Largest vocabulary; a small log may fill less.", group="the model")
-    hidden_size: int = option(128, "Width of the model.")
-    num_layers: int = option(2, "Number of layers.")
-    num_heads: int = option(4, "Attention heads; they divide hidden_size.")
-    max_positions: int = option(1024, "Longest prompt and response together, in tokens.")
-    seed: int = option(0, "Seed of the initial weights.")
+    num_queries: int = option(3, "Queries a response.", minimum=1)
+    vocab_size: int = option(1800, "Largest vocabulary; a small log may fill less.", group="the model", minimum=1)
+    hidden_size: int = option(128, "Width of the model.", minimum=1)
+    num_layers: int = option(2, "Number of layers.", minimum=1)
+    num_heads: int = option(4, "Attention heads; they divide hidden_size.", minimum=1)
+    max_positions: int = option(1024, "Longest prompt and response together, in tokens.", minimum=1)
+    seed: int = option(0, "Seed of the initial weights.", maximum=MAX_SEED)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from common.config import ModelOptions, option
+from common.config import MAX_SEED, ModelOptions, check_numbers, option
 from common.data.readers import AUTO, READERS
 from common.errors import InputError
 from common.generation.sampling import Sampling
@@ -29,12 +29,12 @@ class PredictConfig(ModelOptions):
     max_bad_lines: int = option(0, "Lines of history that may be skipped because they cannot be read.")
 
     temperature: float = option(0.0, "0 takes the likeliest tokens (greedy); 1 samples the model's own distribution.")
-    top_p: float = option(1.0, "Sample from the likeliest tokens of this much mass; 1: from all.")
-    samples: int = option(1, "Responses to each history; more than 1 need a temperature above 0.")
+    top_p: float = option(1.0, "Sample from the likeliest tokens of this much mass; 1: from all.", above=0, maximum=1)
+    samples: int = option(1, "Responses to each history; more than 1 need a temperature above 0.", minimum=1)
     max_response_tokens: int = option(0, "Longest response in tokens, EOS included; 0: as in the model's training.")
-    seed: int = option(0, "Seed of what is sampled.")
-    batch_size: int = option(64, "Responses decoded at once.")
-    reward_batch_size: int = option(32, "Responses that the reward model scores at once.")
+    seed: int = option(0, "Seed of what is sampled.", maximum=MAX_SEED)
+    batch_size: int = option(64, "Responses decoded at once.", minimum=1)
+    reward_batch_size: int = option(32, "Responses that the reward model scores at once.", minimum=1)
 
     num_queries: int = option(0, "k, queries a response; 0: as the model's folder records.")
     prompt_template: str = option("", "plain, compact, chat or a Jinja file; empty: as the model's folder records.")
@@ -50,12 +50,7 @@ def check_config(config: PredictConfig) -> None:
         raise InputError("give --history and --output together, or neither for a dialogue")
     if config.output and Path(config.output).exists() and not config.overwrite:
         raise InputError(f"{config.output} exists; add --overwrite to replace it, or choose another --output")
-    for name in ("num_queries", "max_prompt_tokens", "max_response_tokens", "max_bad_lines", "seed"):
-        if getattr(config, name) < 0:
-            raise InputError(f"--{name} must not be negative, not {getattr(config, name)}")
-    for name in ("samples", "batch_size", "reward_batch_size"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} must be at least 1, not {getattr(config, name)}")
+    check_numbers(config)
     if config.temperature == 0 and config.samples > 1:
         raise InputError("--samples: greedy responses are all alike; add --temperature 1, or keep 1 sample")
     if config.temperature == 0 and config.top_p < 1:

@@ -257,7 +257,7 @@ def test_more_targets_and_no_noise() -> None:
     ("settings", "message"),
     [
         ({"target_noise": 1.5}, "--target_noise must lie between 0 and 1"),
-        ({"num_targets": 0}, "--num_targets must be at least 1"),
+        ({"num_targets": 0}, "--num_targets must be 1 or more"),
         ({"min_history": 9, "max_history": 8}, "--min_history 9 and --max_history 8"),
         ({"max_history": 100}, "must not exceed 100"),
         ({"num_users": 2}, "raise --num_users"),

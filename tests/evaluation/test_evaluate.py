@@ -181,7 +181,7 @@ def test_systems_that_cannot_be_meant(items: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_queries", "0"], "--num_queries must be at least 1, not 0"),
+        (["--num_queries", "0"], "--num_queries must be 1 or more, not 0"),
         (["--max_examples", "-1"], "--max_examples must not be negative"),
         (["--data_dir", ""], "--data_dir is needed"),
         (["--decoding", "sampled", "--temperature", "0"], "temperature must be above 0"),

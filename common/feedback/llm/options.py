@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from common.config import option
+from common.config import check_numbers, option
 from common.errors import InputError
 
 
@@ -32,13 +32,13 @@ class EndpointOptions:
     extra_body: str = option(
         "", 'JSON merged into every request, such as {"chat_template_kwargs": {"enable_thinking": false}}.'
     )
-    max_answer_tokens: int = option(1024, "Longest answer of the language model.")
-    history_events: int = option(50, "Newest events of a history that the language model is shown.")
+    max_answer_tokens: int = option(1024, "Longest answer of the language model.", minimum=1)
+    history_events: int = option(50, "Newest events of a history that the language model is shown.", minimum=1)
     answers: str = option(
         "", "Append-only file of all answers, so that none is paid for twice (default: beside the output)."
     )
-    concurrency: int = option(32, "Requests under way at a time.", group="requests, costs, failures")
-    timeout: float = option(120.0, "Seconds after which a request counts as failed and is repeated.")
+    concurrency: int = option(32, "Requests under way at a time.", group="requests, costs, failures", minimum=1)
+    timeout: float = option(120.0, "Seconds after which a request counts as failed and is repeated.", above=0)
     max_retries: int = option(
         6, "Repeats of a request after 408, 409, 429, 5xx, a timeout, a lost connection or an unreadable answer."
     )
@@ -47,7 +47,8 @@ class EndpointOptions:
     price_in: float = option(0.0, "Price of a million prompt tokens.")
     price_out: float = option(0.0, "Price of a million answer tokens.")
     max_failure_share: float = option(
-        0.05, "Stop when more than this share of the records gets no valid answer (looked at from 100 records on)."
+        0.05, "Stop when more than this share of the records gets no valid answer (looked at from 100 records on).",
+        maximum=1
     )
 
 
@@ -71,16 +72,7 @@ def check_endpoint(options: EndpointOptions) -> None:
         raise InputError(
             f"--base_url {_shown(options)}: put its key into the environment variable {options.api_key_env}"
         )
-    for name in ("max_answer_tokens", "history_events", "concurrency"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} must be at least 1, not {getattr(options, name)}")
-    for name in ("max_retries", "max_requests", "max_cost", "price_in", "price_out"):
-        if not getattr(options, name) >= 0:
-            raise InputError(f"--{name} must not be negative, not {getattr(options, name)}")
-    if not options.timeout > 0:
-        raise InputError(f"--timeout must be above 0 seconds, not {options.timeout}")
-    if not 0 <= options.max_failure_share <= 1:
-        raise InputError(f"--max_failure_share is a share, 0 to 1, not {options.max_failure_share}")
+    check_numbers(options)
     if options.max_cost and not (options.price_in or options.price_out):
         raise InputError("--max_cost needs prices: give --price_in and --price_out, by the million tokens")
     extra_body(options)
