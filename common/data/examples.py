@@ -208,15 +208,19 @@ def stream_examples(path: str | Path) -> Iterator[Example]:
 
 
 def _parse_split_time(text: str) -> float | None:
-    if not text:
-        return None
-    time: str | float = text
-    with suppress(ValueError):
-        time = float(text)
     try:
-        return parse_time(time)
+        return parse_time(_date_or_number(text)) if text else None
     except ValueError as error:
         raise InputError(f"--split_time: {error}") from None
+
+
+def _date_or_number(text: str) -> str | float:
+    """`text` as a number, if it is one and no date such as 20240501."""
+    if len(text) == 8 and text.isdigit():
+        return text
+    with suppress(ValueError):
+        return float(text)
+    return text
 
 
 def _check(options: ExampleOptions) -> None:

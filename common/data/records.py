@@ -5,12 +5,18 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 EVENT_TYPES = ("search", "click", "purchase", "visit")
 SPLITS = ("train", "dev", "test")
+
+# A number of seconds from here on is a year past 5138, and a time of a search log in finer units is past March 1973
+# from here on: so the size alone tells them apart. Each finer unit begins a factor of 1000 further up.
+_FIRST_MILLISECONDS = 1e11
+_FINER_UNITS = {"milliseconds": 1e3, "microseconds": 1e6, "nanoseconds": 1e9}
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,19 +152,42 @@ class Example:
 def parse_time(value: Any) -> float | None:
     """Seconds from a number, an ISO 8601 text (UTC when it names no zone), or None.
 
-    Raises `ValueError` for anything else, NaN and infinity included.
+    Raises `ValueError` for anything else, NaN and infinity included, and for a number that must be in a finer unit.
     """
     if value is None:
         return None
     if isinstance(value, str):
-        try:
-            moment = datetime.fromisoformat(value)
-        except ValueError:
-            raise ValueError(f"time {value!r} is neither a number nor ISO 8601") from None
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        return _parse_iso(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"time {value!r:.40} is neither a finite number nor ISO 8601")
+    _check_seconds(value)
     return float(value)
+
+
+def _parse_iso(text: str) -> float:
+    try:
+        # Digits alone are read as a date at most: 13 of them, milliseconds, would make a time of the Middle Ages.
+        moment = datetime.fromisoformat(text) if len(text) <= 8 or not text.isdigit() else None
+    except ValueError:
+        moment = None
+    if moment is None:
+        hint = "; write the number of seconds without quotes" if text.isdigit() else ""
+        raise ValueError(f"time {text!r:.40} is neither a number nor ISO 8601{hint}")
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _check_seconds(value: float) -> None:
+    """Raise `ValueError` that names the unit of a number too large for seconds; nothing is converted silently."""
+    if abs(value) < _FIRST_MILLISECONDS:
+        return
+    for unit, per_second in _FINER_UNITS.items():
+        if abs(value) < _FIRST_MILLISECONDS * per_second:
+            date = (_EPOCH + timedelta(seconds=value / per_second)).date()
+            raise ValueError(
+                f"time {value!r:.40} is not in seconds; it looks like {unit} ({date}): divide all times by "
+                f"{per_second:.0f}, or write ISO 8601"
+            )
+    raise ValueError(f"time {value!r:.40} is too large for a time in seconds")
 
 
 def url_words(url: str | None) -> str:

@@ -66,7 +66,7 @@ def _rows(
         for batch in table.iter_batches(batch_size=16_384, columns=columns):
             for number, row in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020 - counts on over batches
                 yield number, row
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # OverflowError: a year past 9999
         raise InputError(
             f"{path}:{number + 1}: the parquet file breaks after row {number} ({one_line(error)})"
         ) from None

@@ -18,7 +18,7 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import iterparse
 
 from common.data.readers.lines import ReadTally, read_byte_lines
-from common.data.records import Event, Record
+from common.data.records import Event, Record, parse_time
 from common.errors import InputError
 
 HALF_DAY = 43_200.0
@@ -164,7 +164,7 @@ def _clock(text: str) -> float:
         parts = []
     if len(parts) not in (1, 3):
         raise ValueError(f"time {text!r} is neither HH:MM:SS nor seconds")
-    return sum(part * unit for part, unit in zip(reversed(parts), (1, 60, 3600), strict=False))
+    return parse_time(sum(part * unit for part, unit in zip(reversed(parts), (1, 60, 3600), strict=False)))
 
 
 def _number(text: str | None) -> int:
