@@ -59,7 +59,7 @@ def test_bad_yaml(tmp_path: Path, text: str, message: str) -> None:
 def test_bad_flags() -> None:
     with pytest.raises(InputError, match="did you mean '--rate'"):
         parse("--ratee", "1")
-    with pytest.raises(InputError, match="no such config file"):
+    with pytest.raises(InputError, match="no such file"):
         parse("--config", "missing.yaml")
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.data.records import Event
 from common.errors import InputError
+from common.files import read_text
 
 TEMPLATE_DIR = Path(__file__).parent / "templates"
 CHAT = "chat"
@@ -48,7 +49,7 @@ class PromptBuilder:
         self.template = template
         self._chat = template == CHAT
         path = _template_path("plain" if self._chat else template)
-        self.template_source = path.read_text(encoding="utf-8")
+        self.template_source = read_text(path)
         self._template = _compile(self.template_source, path)
         self._special = _special_pattern(tokenizer)
 
