@@ -12,11 +12,19 @@ from urllib.parse import unquote, urlsplit
 EVENT_TYPES = ("search", "click", "purchase", "visit")
 SPLITS = ("train", "dev", "test")
 
+# How Python, pandas and databases write an id that is not there.
+_MISSING = frozenset({"", "nan", "none", "null", "<na>", "nat", "\\n"})
+_EXACT_WHOLE_NUMBERS = 2**53  # a float column may have merged ids past this
+
 # A number of seconds from here on is a year past 5138, and a time of a search log in finer units is past March 1973
 # from here on: so the size alone tells them apart. Each finer unit begins a factor of 1000 further up.
 _FIRST_MILLISECONDS = 1e11
 _FINER_UNITS = {"milliseconds": 1e3, "microseconds": 1e6, "nanoseconds": 1e9}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class MissingId(ValueError):
+    """A row does not say whose it is; rows without an id must never become one user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +97,9 @@ class Record:
         """Validate one generic record; raises `ValueError` that names the field."""
         if not isinstance(row, dict):
             raise ValueError(f"a record must be an object, found {type(row).__name__}")
-        user = _text(row, "user_id")
-        if not user:
-            raise ValueError("a record needs a non-empty 'user_id'")
+        user = _id(row, "user_id")
+        if user is None:
+            raise MissingId("a record needs a non-empty 'user_id'")
         events = row.get("events")
         if not isinstance(events, list):
             raise ValueError("a record needs a list 'events'")
@@ -105,8 +113,8 @@ class Record:
             user_id=user,
             events=tuple(Event.from_dict(event) for event in events),
             source=_text(row, "source") or default_source,
-            group=_text(row, "group") or user,
-            session_id=_text(row, "session_id"),
+            group=_id(row, "group") or user,
+            session_id=_id(row, "session_id"),
             split=split,
             task=_text(row, "task"),
             persona=tuple(persona),
@@ -147,6 +155,25 @@ class Example:
             )
         except KeyError as error:
             raise ValueError(f"an example needs the field {error}") from None
+
+
+def is_missing_id(value: Any) -> bool:
+    """Whether an id is absent: None, NaN, an empty text, or a word such as "nan" or "null" in an id's place."""
+    return value is None or value != value or (isinstance(value, str) and value.strip().casefold() in _MISSING)
+
+
+def parse_id(value: Any, name: str) -> str:
+    """An id, the value of column `name`, as text; a whole number in a float column counts as a whole number.
+
+    Raises `MissingId` where there is none and `ValueError` for what is neither a text nor a whole number.
+    """
+    if is_missing_id(value):
+        raise MissingId(f"{name} is missing, found {value!r}")
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT_WHOLE_NUMBERS:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"{name} {value!r:.40} is neither a text nor a whole number; ids in floats lose digits")
+    return str(value)
 
 
 def parse_time(value: Any) -> float | None:
@@ -202,6 +229,10 @@ def url_words(url: str | None) -> str:
     slug = re.sub(r"\.(html?|php|aspx?|jsp|pdf)$", "", segments[-1], flags=re.IGNORECASE) if segments else ""
     words = [word for word in re.split(r"[\W_]+", slug) if word and not word.isdigit()]
     return " ".join(words) if words else parts.netloc.removeprefix("www.")
+
+
+def _id(row: dict, key: str) -> str | None:
+    return None if is_missing_id(row.get(key)) else _text(row, key)
 
 
 def _text(row: dict, key: str) -> str | None:
