@@ -245,6 +245,13 @@ def test_limits_draw_examples_at_random_but_in_order(folders):
     assert len({tuple(chosen(max_train_examples=5, seed=seed)) for seed in range(5)}) > 1
 
 
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_an_empty_split_is_refused_by_its_file(folders, split):
+    (folders / "data" / f"{split}.jsonl").write_text("")
+    assert f"{split}.jsonl: holds no example" in run_here(arguments(folders, "out"))
+    assert not (folders / "out").exists()
+
+
 def test_gold_and_corrupted_rows_are_options(folders):
     assert run_here(arguments(folders, "out", gold=False, corrupt_share=0, samples_per_prompt=1)) == ""
     rows = [json.loads(line) for line in (folders / "out" / "samples.jsonl").read_text().splitlines()]
