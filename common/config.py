@@ -7,13 +7,13 @@ import difflib
 import math
 import sys
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
 
 from common.command_help import LIMITS, GroupedParser
 from common.errors import InputError, one_line
+from common.files import read_text
 
 Config = TypeVar("Config")
 
@@ -185,13 +185,10 @@ def _flag_value(value: Any) -> str:
 
 
 def _read_yaml(path: str) -> dict:
+    text = read_text(path)
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such config file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read as a config file ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        loaded = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputError(f"{path}: not valid YAML ({one_line(error)})") from None
     if loaded is None:
         return {}

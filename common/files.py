@@ -53,14 +53,26 @@ def write_json(path: str | Path, value: Any, private: bool = False) -> None:
         stream.write("\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; raises `InputError` when it is missing or not JSON."""
-    path = Path(path)
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, without the byte order mark that some editors write at its start.
+
+    Raises `InputError` for a file that is missing, cannot be read or has another encoding.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8; save the file in that encoding") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; raises `InputError` as `read_text` does, and when it is not JSON."""
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
@@ -77,6 +89,8 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """Yield `(line number, object)` for each non-empty line of a file that this project wrote.
 
+    An editor may have put a byte order mark at its start; it is dropped.
+
     Raises `InputError` with file and line number for a missing file or a line that is no JSON object.
     """
     path = Path(path)
@@ -87,7 +101,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError:
                 raise InputError(f"{path}:{number}: not UTF-8; save the file in that encoding") from None
             except (json.JSONDecodeError, RecursionError) as error:

@@ -79,10 +79,12 @@ def read_hostfile(path: str) -> list[int]:
     """The slots of each machine in a hostfile of `NAME slots=N` lines. Raises `InputError` with file and line."""
     slots: dict[str, int] = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--hostfile {path}: {one_line(error)}; see scripts/hostfile.example") from None
-    for number, line in enumerate(lines, start=1):
+    if text.startswith("\ufeff"):  # DeepSpeed reads the file too, and takes the mark for a part of the first name
+        raise InputError(f"{path}:1: begins with a byte order mark; save the file as UTF-8 without it")
+    for number, line in enumerate(text.splitlines(), start=1):
         line = line.partition("#")[0].strip()
         if not line:
             continue

@@ -89,6 +89,10 @@ launch() {
         echo "error: --hostfile $hostfile: no such file; scripts/hostfile.example shows one" >&2
         exit 2
     fi
+    if [ -n "$hostfile" ] && [ "$(head -c 3 "$hostfile")" = $'\xef\xbb\xbf' ]; then
+        echo "error: $hostfile:1: begins with a byte order mark; save the file as UTF-8 without it" >&2
+        exit 2
+    fi
     case " ${flags[*]} " in *" --help "*|*" -h "*) python "$script" --help; return ;; esac # once, not once a rank
     case " ${launcher[*]} " in
         *--master_port*|*--hostfile*) ;;

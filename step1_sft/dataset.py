@@ -30,7 +30,8 @@ class Rows(NamedTuple):
 
 
 def build_rows(examples: Sequence[Example], builder: PromptBuilder, max_response_tokens: int) -> Rows:
-    """Token ids of every example whose response, EOS included, has at most `max_response_tokens`.
+    """Token ids of every example (of one split, at least one) whose response, EOS included, has at most
+    `max_response_tokens`.
 
     A longer response is not cut: the model would learn to stop in the middle of a list. Raises `InputError` when an
     example has another number of targets than the prompt asks for, or nothing is left.
@@ -50,8 +51,8 @@ def build_rows(examples: Sequence[Example], builder: PromptBuilder, max_response
             rows.append({"input_ids": ids, "prompt_length": len(prompt)})
     if not rows:
         raise InputError(
-            f"none of {len(examples)} examples has a response of at most {max_response_tokens} tokens; "
-            "raise --max_response_tokens"
+            f"none of the {len(examples)} {examples[0].split} examples has a response of at most {max_response_tokens} "
+            "tokens; raise --max_response_tokens"
         )
     return Rows(rows, too_long=len(examples) - len(rows))
 

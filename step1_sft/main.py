@@ -14,6 +14,7 @@ from common.config import parse_config
 from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
+from common.engine.run_date import date_record, run_date
 from common.engine.trainer import newest_checkpoint, prepare_to_load, run_callbacks
 from common.engine.training_arguments import prepare_output, training_arguments
 from common.engine.watchdog import Watchdog
@@ -49,13 +50,14 @@ def main() -> None:
     skeleton = causal_lm_skeleton(config.model_name_or_path, config)
     check_decodable(skeleton)
     check_lengths(skeleton.config, config.max_prompt_tokens + config.max_response_tokens)
-    builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
+    first_day = run_date(config.output_dir, config.resume)
+    builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries, first_day)
     train, dev = (
         build_rows(load_examples(config.data_dir, split), builder, config.max_response_tokens)
         for split in ("train", "dev")
     )
     args = training_arguments(config, train_sampling_strategy="group_by_length")
-    distributed.on_main_first(lambda: prepare_output(config))
+    distributed.on_main_first(lambda: prepare_output(config, date_record(first_day)))
     checkpoint = newest_checkpoint(args.output_dir)
     prepare_to_load(checkpoint, args)
     args.eval_on_start = checkpoint is None  # the base model's perplexity, to compare with

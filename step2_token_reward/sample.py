@@ -16,6 +16,7 @@ import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.engine import distributed
+from common.engine.run_date import DATE_KEY, date_record, run_date
 from common.engine.watchdog import WAITING, Watchdog
 from common.errors import run_rank_command
 from common.files import claim_output_dir, read_jsonl, write_jsonl
@@ -52,9 +54,10 @@ def main() -> None:
     skeleton = causal_lm_skeleton(config.model_name_or_path, config)
     check_decodable(skeleton)
     check_lengths(skeleton.config, config.max_prompt_tokens + config.max_response_tokens)
-    builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
+    first_day = run_date(config.output_dir, config.resume)
+    builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries, first_day)
     parts = cut_into_parts(choose_examples(config), config.batch_size)
-    distributed.on_main_first(lambda: claim(config))
+    distributed.on_main_first(lambda: claim(config, first_day))
     output = Path(config.output_dir) / "samples.jsonl"
     if output.exists():
         distributed.on_main_first(lambda: print(f"{output} is complete already", flush=True))
@@ -106,11 +109,11 @@ def cut_into_parts(examples: Sequence[Example], batch_size: int) -> list[Sequenc
     return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 
-def claim(config: SampleConfig) -> None:
-    """Make `output_dir` this run's folder (rank 0 only)."""
+def claim(config: SampleConfig, first_day: date) -> None:
+    """Make `output_dir` the folder of this run, which began on a day (rank 0 only)."""
     claim_output_dir(
-        config.output_dir, asdict(config), resume=config.resume, overwrite=config.overwrite,
-        may_differ=frozenset({"resume", "overwrite", "hang_timeout"}), inputs=step_inputs(config),
+        config.output_dir, asdict(config) | date_record(first_day), resume=config.resume, overwrite=config.overwrite,
+        may_differ=frozenset({"resume", "overwrite", "hang_timeout", DATE_KEY}), inputs=step_inputs(config),
     )  # fmt: skip
 
 

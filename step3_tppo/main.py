@@ -12,6 +12,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.engine import distributed
 from common.engine.environment import write_environment
+from common.engine.run_date import DATE_KEY, date_record, run_date
 from common.errors import InputError, run_rank_command
 from common.feedback.load import load_annotator
 from common.files import claim_output_dir, write_json
@@ -41,7 +43,7 @@ from step3_tppo.trainer import TPPOTrainer
 MAY_DIFFER_ON_RESUME = frozenset(
     {
         "output_dir", "resume", "overwrite", "total_steps", "save_steps", "keep_checkpoints", "sample_steps",
-        "tensorboard", "hang_timeout", "plan",
+        "tensorboard", "hang_timeout", "plan", DATE_KEY,
         # How much a pass holds at once changes nothing but rounding.
         "micro_batch_size", "micro_batch_tokens", "scoring_batch_size", "scoring_batch_tokens", "decode_rows",
     }
@@ -57,11 +59,12 @@ def main() -> None:
     check_machine(config.actor_path, config, config.quantize)
     check_machine(config.critic_path or config.actor_path, config)
     check_memory(config, device)
-    distributed.on_main_first(lambda: claim(config))
+    first_day = run_date(config.output_dir, config.resume)
+    distributed.on_main_first(lambda: claim(config, first_day))
     distributed.seed_everything(config.seed)
 
     tokenizer = load_tokenizer(config.actor_path, config.trust_remote_code, config.pad_token)
-    prompts = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
+    prompts = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries, first_day)
     examples = load_examples(config.data_dir, "train")
     length = config.suggested_length or median_query_tokens(tokenizer, examples)
 
@@ -77,11 +80,11 @@ def main() -> None:
     distributed.on_main_first(lambda: report(config, time.perf_counter() - begun))
 
 
-def claim(config: Step3Config) -> None:
-    """Take the output folder for this run, or refuse; note what it runs on."""
+def claim(config: Step3Config, first_day: date) -> None:
+    """Take the output folder for this run, which began on a day, or refuse; note what it runs on."""
     claim_output_dir(
         config.output_dir,
-        dataclasses.asdict(config),
+        dataclasses.asdict(config) | date_record(first_day),
         resume=config.resume,
         overwrite=config.overwrite,
         may_differ=MAY_DIFFER_ON_RESUME,

@@ -18,7 +18,7 @@ import numpy as np
 
 from common.config import option, parse_config
 from common.data.examples import load_examples
-from common.data.records import Example
+from common.data.records import SPLITS, Example
 from common.errors import InputError, run_command
 from common.evaluation.report import escape, format_estimate
 from common.evaluation.statistics import estimate_means
@@ -92,8 +92,8 @@ def read_run(folder: Path, show: bool) -> dict[str, Any]:
         "settings": {name: settings[name] for name in ("model", "reward_model", "annotator", "seed")},
         "examples": {
             split: [len(found), len({example.user_id for example in found})]
-            for split in ("train", "dev", "test")
-            if (found := load_examples(folder / "data", split))
+            for split in SPLITS
+            for found in [load_examples(folder / "data", split)]
         },
         "evaluated": report["data"],
         "decoding": report["decoding"],

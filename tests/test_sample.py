@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from datetime import date
 from typing import Any, ClassVar
 
 import pytest
 
+from common.data.prompts import PromptBuilder
 from common.data.records import Event, Example
 from common.errors import InputError
 from common.feedback.labels import read_samples
@@ -243,6 +245,30 @@ def test_limits_draw_examples_at_random_but_in_order(folders):
     assert few == [id_ for id_ in everything if id_ in few]
     assert few == chosen(max_train_examples=5, max_dev_examples=1)
     assert len({tuple(chosen(max_train_examples=5, seed=seed)) for seed in range(5)}) > 1
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_an_empty_split_is_refused_by_its_file(folders, split):
+    (folders / "data" / f"{split}.jsonl").write_text("")
+    assert f"{split}.jsonl: holds no example" in run_here(arguments(folders, "out"))
+    assert not (folders / "out").exists()
+
+
+def test_a_resumed_run_asks_with_the_date_of_its_first_day(folders, monkeypatch):
+    asked = []
+
+    def building(*arguments):
+        asked.append(arguments[-1])
+        return PromptBuilder(*arguments)
+
+    monkeypatch.setattr(sample, "PromptBuilder", building)
+    assert run_here(arguments(folders, "out")) == ""
+    record = folders / "out" / "run_config.json"
+    settings = json.loads(record.read_text())
+    assert settings["prompt_date"] == asked[0].isoformat()
+    record.write_text(json.dumps(settings | {"prompt_date": "2024-07-26"}))
+    assert run_here([*arguments(folders, "out"), "--resume"]) == ""
+    assert asked[1] == date(2024, 7, 26)
 
 
 def test_gold_and_corrupted_rows_are_options(folders):

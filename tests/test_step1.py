@@ -87,7 +87,7 @@ class TestRows:
         limit = len(tokenizer("blue hat price\nrunning shoes")["input_ids"])  # one too few: EOS counts
         assert build_rows([short, long], self.builder(), limit).too_long == 1
         assert build_rows([short, long], self.builder(), limit + 1).too_long == 0
-        with pytest.raises(InputError, match="none of 1 examples"):
+        with pytest.raises(InputError, match="none of the 1 train examples has"):
             build_rows([long], self.builder(), limit)
 
     def test_another_number_of_targets_than_the_prompt_asks_for(self):

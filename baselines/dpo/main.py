@@ -15,6 +15,7 @@ from baselines.dpo.trainer import DpoTrainer, add_reference
 from common.config import parse_config
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
+from common.engine.run_date import date_record, run_date
 from common.engine.trainer import newest_checkpoint, prepare_to_load, run_callbacks
 from common.engine.training_arguments import prepare_output, training_arguments
 from common.engine.watchdog import Watchdog
@@ -40,10 +41,11 @@ def main() -> None:
     device = distributed.start(config.hang_timeout)
     distributed.seed_everything(config.seed)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code, config.pad_token)
-    builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries)
+    first_day = run_date(config.output_dir, config.resume)
+    builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries, first_day)
     labelled = read_labels(config.samples, config.labels)
     train, dev = (build_pairs(labelled, builder, split) for split in ("train", "dev"))
-    distributed.on_main_first(lambda: prepare_output(config))
+    distributed.on_main_first(lambda: prepare_output(config, date_record(first_day)))
 
     collator = PairCollator(tokenizer.pad_token_id)
     reference = load_causal_lm(config.model_name_or_path, config).to(device).eval()

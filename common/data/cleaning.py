@@ -10,13 +10,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from common.config import check_numbers, option
 from common.data.privacy import has_private_data, mask_url
 from common.data.records import Event, Record
 from common.errors import InputError
-from common.files import digest
+from common.files import digest, read_text
 from common.text import normalise, split_words
 
 DAY = 86_400
@@ -208,9 +207,9 @@ def _mask(event: Event, tally: RuleTally) -> Event:
 
 def _read_phrases(path: str) -> frozenset[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--adult_words {path}: cannot be read ({error})") from None
+        lines = read_text(path).splitlines()
+    except InputError as error:
+        raise InputError(f"--adult_words {error}") from None
     phrases = frozenset(filter(None, map(normalise, lines)))
     if not phrases:
         raise InputError(f"--adult_words {path}: holds no word; expected one word or phrase a line")

@@ -32,6 +32,9 @@ _NAVIGATIONAL = re.compile(
 )
 
 
+_NEEDED_FOR = {"train": "training", "dev": "the evaluation on held-out users", "test": "the final evaluation"}
+
+
 @dataclass
 class ExampleOptions:
     """How examples are cut from a record, and how they are split."""
@@ -181,17 +184,22 @@ class HashSample:
 
 
 def load_examples(data_dir: str | Path, split: str) -> list[Example]:
-    """The examples of one split of a prepared data folder.
+    """The examples of one split of a prepared data folder, at least one.
 
-    An empty split is an empty list. Raises `InputError` for a missing file and, with file and line, for a row that
-    is no example.
+    Raises `InputError` for a missing or empty file and, with file and line, for a row that is no example.
     """
     if split not in SPLITS:
         raise InputError(f"split {split!r} is none of {', '.join(SPLITS)}")
     path = Path(data_dir) / f"{split}.jsonl"
     if not path.is_file():
         raise InputError(f"{path}: no such file; make it with python -m common.data.prepare --output_dir {data_dir}")
-    return read_examples(path)
+    if not (examples := read_examples(path)):
+        share = "" if split == "train" else f" with a larger --{split}_share, or"
+        raise InputError(
+            f"{path}: holds no example, and {_NEEDED_FOR[split]} needs some; make the data again with "
+            f"python -m common.data.prepare{share} from a larger log"
+        )
+    return examples
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -210,15 +218,19 @@ def stream_examples(path: str | Path) -> Iterator[Example]:
 
 
 def _parse_split_time(text: str) -> float | None:
-    if not text:
-        return None
-    time: str | float = text
-    with suppress(ValueError):
-        time = float(text)
     try:
-        return parse_time(time)
+        return parse_time(_date_or_number(text)) if text else None
     except ValueError as error:
         raise InputError(f"--split_time: {error}") from None
+
+
+def _date_or_number(text: str) -> str | float:
+    """`text` as a number, if it is one and no date such as 20240501."""
+    if len(text) == 8 and text.isdigit():
+        return text
+    with suppress(ValueError):
+        return float(text)
+    return text
 
 
 def _check(options: ExampleOptions) -> None:

@@ -114,7 +114,7 @@ def quantiles(ordered: list[int]) -> dict[str, int]:
 def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Write the three splits into `config.output_dir` and return the report, which is written last.
 
-    Raises `InputError` for a bad log and when train or test would be empty; then no split is written.
+    Raises `InputError` for a bad log and when a split would be empty; then none is written.
     """
     folder = Path(config.output_dir)
     logs = [LogReport(path, detect_format(path, config.log_format)) for path in config.log]
@@ -182,7 +182,7 @@ def _total(logs: list[LogReport], test_offered: int, test_kept: int) -> RuleTall
 
 
 def _check_not_empty(splits: dict[str, SplitReport], rules: RuleTally) -> None:
-    empty = [split for split in ("train", "test") if not splits[split].examples]
+    empty = [split for split in SPLITS if not splits[split].examples]
     if empty:
         counts = {split: report.examples for split, report in splits.items()}
         dropped = ", ".join(
@@ -191,9 +191,10 @@ def _check_not_empty(splits: dict[str, SplitReport], rules: RuleTally) -> None:
             if rules.dropped[rule]
         )
         raise InputError(
-            f"no example for {' and '.join(empty)} (examples: {counts}). Dropped by rule: {dropped or 'nothing'}. "
-            "Loosen the rule that takes most (e.g. fewer --num_targets, lower --min_queries), or change --test_share, "
-            "--dev_share or the records' own 'split'"
+            f"no example for {', '.join(empty)} (examples: {counts}). Dropped by rule: {dropped or 'nothing'}. "
+            "Training, its evaluation (dev) and the final one (test) each need some. Loosen the rule that takes most "
+            "(e.g. fewer --num_targets, lower --min_queries), or change --test_share, --dev_share or the records' own "
+            "'split'"
         )
 
 

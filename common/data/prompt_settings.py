@@ -79,11 +79,13 @@ def load_prompt_settings(
 def serving_tokenizer(builder: PromptBuilder) -> PreTrainedTokenizerBase:
     """A copy of the builder's tokenizer whose chat template gives the ids of `builder.ids` for `builder.text`.
 
-    With the template `chat` that is the tokenizer's own. Where no chat template can give them, the copy has none, so
-    that a server refuses instead of asking otherwise than in training; this is printed.
+    With the template `chat` that is the tokenizer's own, with the date that it showed in training; where it takes a
+    list of parts, a server must send them, as vLLM does. Where no chat template can give the ids, the copy has none, so that
+    a server refuses instead of asking otherwise than in training; this is printed.
     """
     tokenizer = copy.deepcopy(builder.tokenizer)
-    if builder.template == CHAT:
+    if builder.chat:
+        tokenizer.chat_template = builder.chat.source
         return tokenizer
     # Some SentencePiece tokenizers put a space before a text, but not before what follows a special token.
     for content in ("messages[0].content", "('' if messages[0].content[:1] == ' ' else ' ') + messages[0].content"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +12,10 @@ from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
+from common.data.chat_template import ChatTemplate
 from common.data.records import Event
 from common.errors import InputError
+from common.files import read_text
 
 TEMPLATE_DIR = Path(__file__).parent / "templates"
 CHAT = "chat"
@@ -32,23 +35,22 @@ class PromptBuilder:
     """Renders a history with a Jinja template and keeps the newest events that fit.
 
     `template` is `plain`, `compact`, a path to a template file, or `chat`: then the plain rendering becomes the user
-    turn of the tokenizer's own chat template. A template sees `events` (oldest first, see `PromptEvent`) and
-    `num_queries`; `template_source` is its text. Raises `InputError` for a template that is missing or does not render,
-    or a chat template that the tokenizer lacks.
+    turn of the tokenizer's own chat template (`ChatTemplate`; `today` is the date that it shows, None: the clock's). A
+    template sees `events` (oldest first, see `PromptEvent`) and `num_queries`; `template_source` is its text. Raises
+    `InputError` for a template that is missing or does not render, or a chat template that the tokenizer lacks.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str, max_prompt_tokens: int, num_queries: int
-    ) -> None:
-        if template == CHAT and not tokenizer.chat_template:
-            raise InputError("prompt template 'chat': this tokenizer has no chat template; use 'plain' or a file")
+        self, tokenizer: PreTrainedTokenizerBase, template: str, max_prompt_tokens: int, num_queries: int,
+        today: date | None = None,
+    ) -> None:  # fmt: skip
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
         self.num_queries = num_queries
         self.template = template
-        self._chat = template == CHAT
-        path = _template_path("plain" if self._chat else template)
-        self.template_source = path.read_text(encoding="utf-8")
+        self.chat = ChatTemplate(tokenizer, today or date.today()) if template == CHAT else None
+        path = _template_path("plain" if self.chat else template)
+        self.template_source = read_text(path)
         self._template = _compile(self.template_source, path)
         self._special = _special_pattern(tokenizer)
 
@@ -66,10 +68,8 @@ class PromptBuilder:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered prompt, whatever their number."""
-        if self._chat:
-            return self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+        if self.chat:
+            return self.tokenizer(self.chat.render(text), add_special_tokens=False)["input_ids"]
         return self.tokenizer(text, add_special_tokens=True)["input_ids"]
 
     def clean(self, text: str) -> str:

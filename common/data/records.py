@@ -5,12 +5,26 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 EVENT_TYPES = ("search", "click", "purchase", "visit")
 SPLITS = ("train", "dev", "test")
+
+# How Python, pandas and databases write an id that is not there.
+_MISSING = frozenset({"", "nan", "none", "null", "<na>", "nat", "\\n"})
+_EXACT_WHOLE_NUMBERS = 2**53  # a float column may have merged ids past this
+
+# A number of seconds from here on is a year past 5138, and a time of a search log in finer units is past March 1973
+# from here on: so the size alone tells them apart. Each finer unit begins a factor of 1000 further up.
+_FIRST_MILLISECONDS = 1e11
+_FINER_UNITS = {"milliseconds": 1e3, "microseconds": 1e6, "nanoseconds": 1e9}
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class MissingId(ValueError):
+    """A row does not say whose it is; rows without an id must never become one user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +97,9 @@ class Record:
         """Validate one generic record; raises `ValueError` that names the field."""
         if not isinstance(row, dict):
             raise ValueError(f"a record must be an object, found {type(row).__name__}")
-        user = _text(row, "user_id")
-        if not user:
-            raise ValueError("a record needs a non-empty 'user_id'")
+        user = _id(row, "user_id")
+        if user is None:
+            raise MissingId("a record needs a non-empty 'user_id'")
         events = row.get("events")
         if not isinstance(events, list):
             raise ValueError("a record needs a list 'events'")
@@ -99,8 +113,8 @@ class Record:
             user_id=user,
             events=tuple(Event.from_dict(event) for event in events),
             source=_text(row, "source") or default_source,
-            group=_text(row, "group") or user,
-            session_id=_text(row, "session_id"),
+            group=_id(row, "group") or user,
+            session_id=_id(row, "session_id"),
             split=split,
             task=_text(row, "task"),
             persona=tuple(persona),
@@ -143,22 +157,64 @@ class Example:
             raise ValueError(f"an example needs the field {error}") from None
 
 
+def is_missing_id(value: Any) -> bool:
+    """Whether an id is absent: None, NaN, an empty text, or a word such as "nan" or "null" in an id's place."""
+    return value is None or value != value or (isinstance(value, str) and value.strip().casefold() in _MISSING)
+
+
+def parse_id(value: Any, name: str) -> str:
+    """An id, the value of column `name`, as text; a whole number in a float column counts as a whole number.
+
+    Raises `MissingId` where there is none and `ValueError` for what is neither a text nor a whole number.
+    """
+    if is_missing_id(value):
+        raise MissingId(f"{name} is missing, found {value!r}")
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT_WHOLE_NUMBERS:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"{name} {value!r:.40} is neither a text nor a whole number; ids in floats lose digits")
+    return str(value)
+
+
 def parse_time(value: Any) -> float | None:
     """Seconds from a number, an ISO 8601 text (UTC when it names no zone), or None.
 
-    Raises `ValueError` for anything else, NaN and infinity included.
+    Raises `ValueError` for anything else, NaN and infinity included, and for a number that must be in a finer unit.
     """
     if value is None:
         return None
     if isinstance(value, str):
-        try:
-            moment = datetime.fromisoformat(value)
-        except ValueError:
-            raise ValueError(f"time {value!r} is neither a number nor ISO 8601") from None
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        return _parse_iso(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"time {value!r:.40} is neither a finite number nor ISO 8601")
+    _check_seconds(value)
     return float(value)
+
+
+def _parse_iso(text: str) -> float:
+    try:
+        # Digits alone are read as a date at most: 13 of them, milliseconds, would make a time of the Middle Ages.
+        moment = datetime.fromisoformat(text) if len(text) <= 8 or not text.isdigit() else None
+    except ValueError:
+        moment = None
+    if moment is None:
+        hint = "; write the number of seconds without quotes" if text.isdigit() else ""
+        raise ValueError(f"time {text!r:.40} is neither a number nor ISO 8601{hint}")
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _check_seconds(value: float) -> None:
+    """Raise `ValueError` that names the unit of a number too large for seconds; nothing is converted silently."""
+    if abs(value) < _FIRST_MILLISECONDS:
+        return
+    for unit, per_second in _FINER_UNITS.items():
+        if abs(value) < _FIRST_MILLISECONDS * per_second:
+            date = (_EPOCH + timedelta(seconds=value / per_second)).date()
+            raise ValueError(
+                f"time {value!r:.40} is not in seconds; it looks like {unit} ({date}): divide all times by "
+                f"{per_second:.0f}, or write ISO 8601"
+            )
+    raise ValueError(f"time {value!r:.40} is too large for a time in seconds")
 
 
 def url_words(url: str | None) -> str:
@@ -173,6 +229,10 @@ def url_words(url: str | None) -> str:
     slug = re.sub(r"\.(html?|php|aspx?|jsp|pdf)$", "", segments[-1], flags=re.IGNORECASE) if segments else ""
     words = [word for word in re.split(r"[\W_]+", slug) if word and not word.isdigit()]
     return " ".join(words) if words else parts.netloc.removeprefix("www.")
+
+
+def _id(row: dict, key: str) -> str | None:
+    return None if is_missing_id(row.get(key)) else _text(row, key)
 
 
 def _text(row: dict, key: str) -> str | None:

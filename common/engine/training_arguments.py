@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,16 @@ MAY_DIFFER = frozenset(
 )
 
 
-def prepare_output(options: TrainerOptions) -> None:
+def prepare_output(options: TrainerOptions, facts: Mapping[str, Any] | None = None) -> None:
     """Claim the run's folder, delete what a killed run left half written there, and note what this one runs on. Call on
     one process.
 
+    `facts` are recorded beside the settings, for the run to read when it is resumed.
     Raises `InputError` where `claim_output_dir` does.
     """
     output_dir = claim_output_dir(
-        options.output_dir, asdict(options), resume=options.resume, overwrite=options.overwrite, may_differ=MAY_DIFFER,
-        inputs=step_inputs(options),
+        options.output_dir, asdict(options) | dict(facts or {}), resume=options.resume, overwrite=options.overwrite,
+        may_differ=MAY_DIFFER | set(facts or ()), inputs=step_inputs(options),
     )  # fmt: skip
     remove_incomplete_checkpoints(output_dir / "checkpoints")
     write_environment(output_dir, options)

@@ -43,7 +43,7 @@ def read_history(ask: Callable[[str], str]) -> tuple[list[Event], bool]:
     history: list[Event] = []
     while True:
         try:
-            line = ask("history> ").strip()
+            line = ask("history> ").removeprefix("\ufeff").strip()  # what is piped in may begin with a byte order mark
         except EOFError:
             print()
             return history, False

@@ -152,8 +152,11 @@ def test_adult_words_drop_the_user(tmp_path: Path) -> None:
     words.write_text("\n--\n")
     with pytest.raises(InputError, match=r"words\.txt: holds no word"):
         clean(searches("tea"), adult_words=str(words))
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"--adult_words .*none\.txt: no such file"):
         clean(searches("tea"), adult_words=str(tmp_path / "none.txt"))
+    words.write_bytes("böse\n".encode("utf-16"))
+    with pytest.raises(InputError, match=r"--adult_words .*words\.txt: not UTF-8"):
+        clean(searches("tea"), adult_words=str(words))
 
 
 def test_k_anonymity_counts_users_not_searches() -> None:

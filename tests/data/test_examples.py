@@ -222,6 +222,9 @@ def test_load_examples(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(InputError, match=r"train\.jsonl:1: not valid JSON"):
         load_examples(tmp_path, "train")
+    path.write_text("\n")
+    with pytest.raises(InputError, match=r"train\.jsonl: holds no example, and training needs some"):
+        load_examples(tmp_path, "train")
     with pytest.raises(InputError, match=r"dev\.jsonl: no such file; make it with"):
         load_examples(tmp_path, "dev")
     with pytest.raises(InputError, match="split 'valid' is none of"):

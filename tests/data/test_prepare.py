@@ -139,11 +139,20 @@ def test_a_bad_log_leaves_the_folder_free(log: Path, tmp_path: Path, monkeypatch
 
 def test_no_examples_says_which_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = write_log(tmp_path / "log.jsonl", {f"u{n}": ["tea", "green tea", "tea pot"] for n in range(9)})
-    with pytest.raises(InputError, match=r"no example for train and test.*min_queries 9 of 9 records"):
+    with pytest.raises(InputError, match=r"no example for train, dev, test .*min_queries 9 of 9 records"):
         run(monkeypatch, "--log", log, "--output_dir", tmp_path / "data")
     log = write_log(tmp_path / "log2.jsonl", {"u": ["a a", "b b", "c c", "d d"]}, split="train")
-    with pytest.raises(InputError, match=r"no example for test .*'train': 1.*Dropped by rule: nothing"):
+    with pytest.raises(InputError, match=r"no example for dev, test .*'train': 1.*Dropped by rule: nothing"):
         run(monkeypatch, "--log", log, "--output_dir", tmp_path / "data")
+
+
+def test_a_split_that_a_later_step_needs_is_not_left_empty(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for share, split in (("--dev_share", "dev"), ("--test_share", "test")):
+        with pytest.raises(InputError, match=rf"no example for {split} .*--dev_share"):
+            run(monkeypatch, "--log", log, "--output_dir", tmp_path / "data", share, 0)
+        assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(

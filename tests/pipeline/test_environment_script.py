@@ -100,3 +100,10 @@ def test_a_hostfile_that_is_missing_is_refused(tmp_path: Path, flag: tuple[str, 
     assert ended.stderr == "error: --hostfile missing.txt: no such file; scripts/hostfile.example shows one\n"
     ended = launched(tmp_path, *flag, "main.py", "--hostfile", "hosts")
     assert ended.returncode == 0 and ended.stdout, ended.stderr
+
+
+def test_a_hostfile_with_a_byte_order_mark_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a slots=1\n", encoding="utf-8-sig")
+    ended = launched(tmp_path, "--hostfile", "hosts", "main.py")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "error: hosts:1: begins with a byte order mark; save the file as UTF-8 without it\n"

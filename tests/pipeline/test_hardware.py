@@ -50,6 +50,7 @@ def test_a_hostfile_names_machines_and_their_slots(tmp_path: Path) -> None:
         ("slots=2\n", ":1: expected"),
         ("a slots=1\n\na slots=2\n", ":3: a is there twice"),
         ("\xff\xfe\x00garbage", "utf-8"),
+        ("\xef\xbb\xbfa slots=1\n", ":1: begins with a byte order mark"),
     ],
 )  # fmt: skip
 def test_a_hostfile_that_deepspeed_would_not_read_is_refused_with_its_line(

@@ -17,7 +17,7 @@ import pyarrow.parquet
 
 from common.data.readers.grouping import group_rows
 from common.data.readers.lines import ReadTally
-from common.data.records import Event, Record, parse_time
+from common.data.records import Event, Record, parse_id, parse_time
 from common.errors import InputError, one_line
 
 TRAIN_COLUMNS = ["session_id", "final_search_term", "search_time"]
@@ -66,7 +66,7 @@ def _rows(
         for batch in table.iter_batches(batch_size=16_384, columns=columns):
             for number, row in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020 - counts on over batches
                 yield number, row
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # OverflowError: a year past 9999
         raise InputError(
             f"{path}:{number + 1}: the parquet file breaks after row {number} ({one_line(error)})"
         ) from None
@@ -77,30 +77,25 @@ def _read_train(
 ) -> Iterator[tuple[str, str, float]]:
     for number, row in _rows(path, table, TRAIN_COLUMNS):
         try:
-            yield (_session(row), *_search(row["final_search_term"], row["search_time"]))
+            yield (parse_id(row["session_id"], "session_id"), *_search(row["final_search_term"], row["search_time"]))
         except ValueError as error:
-            tally.reject(f"{path}:{number}", f"row {number}: {error}")
+            tally.reject(f"{path}:{number}", error, f"row {number}: ")
 
 
 def _read_test(path: Path, table: pyarrow.parquet.ParquetFile, tally: ReadTally) -> Iterator[Record]:
     for number, row in _rows(path, table, TEST_COLUMNS):
         try:
             past = [_search(*_pair(item)) for item in row["past_search_terms"] or []]
-            yield _record(_session(row), [*past, _search(row["final_search_term"], row["search_time"])])
+            last = _search(row["final_search_term"], row["search_time"])
+            yield _record(parse_id(row["session_id"], "session_id"), [*past, last])
         except ValueError as error:
-            tally.reject(f"{path}:{number}", f"row {number}: {error}")
+            tally.reject(f"{path}:{number}", error, f"row {number}: ")
 
 
 def _record(session: str, searches: list[tuple[str, float]]) -> Record:
     events = tuple(Event("search", query=term, ts=ts) for term, ts in sorted(searches, key=lambda search: search[1]))
     name = f"amazonqac-{session}"
     return Record(user_id=name, events=events, source="amazonqac", group=name)
-
-
-def _session(row: dict[str, Any]) -> str:
-    if row["session_id"] in (None, ""):
-        raise ValueError("session_id is empty")
-    return str(row["session_id"])
 
 
 def _pair(item: Any) -> tuple[Any, Any]:

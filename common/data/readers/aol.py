@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.data.readers.lines import ReadTally, read_lines
-from common.data.records import Event, Record, parse_time
+from common.data.records import Event, MissingId, Record, is_missing_id, parse_time
 from common.errors import InputError
 
 FILE_NAME = re.compile(r"user-ct-test-collection-.*\.txt(\.gz)?")
@@ -65,7 +65,7 @@ def _read_rows(path: Path, tally: ReadTally) -> Iterator[_Row]:
         try:
             row = _parse(fields)
         except ValueError as error:
-            tally.reject(f"{path}:{number}", str(error))
+            tally.reject(f"{path}:{number}", error)
             continue
         if row.user < last_user:
             raise InputError(
@@ -81,6 +81,8 @@ def _parse(fields: list[str]) -> _Row:
         raise ValueError(f"{len(fields)} tab-separated fields; AOL has {len(COLUMNS)}: {', '.join(COLUMNS)}")
     # Some copies have lost the trailing tabs of rows without a click.
     user, query, time, rank, url = fields + [""] * (len(COLUMNS) - len(fields))
+    if is_missing_id(user):
+        raise MissingId(f"AnonID is missing, found {user!r}")
     if not (user.isascii() and user.isdigit()):
         raise ValueError(f"AnonID {user!r} is no number")
     if rank and not (rank.isascii() and rank.isdigit()):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from common.data.readers.lines import ReadTally
-from common.data.records import Event, Record, parse_time
+from common.data.records import Event, MissingId, Record, parse_id, parse_time
 from common.errors import InputError
 
 TABLES = ("data", "query", "doc")
@@ -51,26 +51,23 @@ def read(path: Path, tally: ReadTally) -> Iterator[Record]:
     missing = [f"{name}.csv or {name}.tar.gz" for name in TABLES if table_path(path, name) is None]
     if missing:
         raise InputError(f"{path}: AOL4PS needs a folder with three tables; missing: {', '.join(missing)}")
-    queries = {row["QueryIndex"]: row["Query"] for _, row in _read_table(path, "query", ("Query", "QueryIndex"), tally)}
-    docs = {
-        row["DocIndex"]: (row["Url"], row["Title"])
-        for _, row in _read_table(path, "doc", ("Url", "DocIndex", "Title"), tally)
-    }
+    query_rows = _read_texts(path, "query", "QueryIndex", ("Query", "QueryIndex"), tally)
+    doc_rows = _read_texts(path, "doc", "DocIndex", ("Url", "DocIndex", "Title"), tally)
+    queries = {id_: row["Query"] for id_, row in query_rows}
+    docs = {id_: (row["Url"], row["Title"]) for id_, row in doc_rows}
     users: dict[str, list[_Row]] = {}
     columns = ("AnonID", "QueryIndex", "QueryTime", "DocIndex", "CandiList", "ClickPos")
     for place, row in _read_table(path, "data", columns, tally):
         try:
-            users.setdefault(row["AnonID"], []).append(_parse(row, queries, docs))
+            users.setdefault(parse_id(row["AnonID"], "AnonID"), []).append(_parse(row, queries, docs))
         except ValueError as error:
-            tally.reject(place, str(error))
+            tally.reject(place, error)
     for user, rows in users.items():
         events = tuple(_events(sorted(rows, key=lambda row: row.ts)))
         yield Record(user_id=f"aol4ps-{user}", events=events, source="aol4ps", group=f"aol4ps-{user}")
 
 
 def _parse(row: dict[str, str], queries: dict[str, str], docs: dict[str, tuple[str, str]]) -> _Row:
-    if not row["AnonID"]:
-        raise ValueError("AnonID is empty")
     query = queries.get(row["QueryIndex"])
     if query is None:
         raise ValueError(f"QueryIndex {row['QueryIndex']!r} is not in the query table")
@@ -104,6 +101,17 @@ def _events(rows: list[_Row]) -> Iterator[Event]:
             yield Event("search", query=row.query, ts=row.ts)
         last_query = row.query
         yield Event("click", query=row.query, title=row.title, url=row.url, ts=row.ts, rank=row.rank)
+
+
+def _read_texts(
+    folder: Path, name: str, id_column: str, columns: tuple[str, ...], tally: ReadTally
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield `(id, row)` of a table of texts; a row without an id would lend its text to every row without one."""
+    for place, row in _read_table(folder, name, columns, tally):
+        try:
+            yield parse_id(row[id_column], id_column), row
+        except MissingId as error:
+            tally.reject(place, error)
 
 
 def _read_table(

@@ -24,7 +24,7 @@ def read(path: Path, tally: ReadTally) -> Iterator[Record]:
         except json.JSONDecodeError as error:
             tally.reject(f"{path}:{number}", f"not valid JSON ({error.msg} at column {error.colno})")
         except (ValueError, OverflowError, RecursionError) as error:
-            tally.reject(f"{path}:{number}", str(error))
+            tally.reject(f"{path}:{number}", error)
 
 
 def _parse(line: str, source: str) -> Record:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.data.records import MissingId
 from common.errors import InputError, one_line
 
 
@@ -19,15 +20,20 @@ class ReadTally:
         self.counts: Counter[str] = Counter() if counter is None else counter
         self._bad_lines = 0
 
-    def reject(self, place: str, reason: str) -> None:
-        """Skip and count a bad line; raises `InputError` with `place` (file:line) once too many are bad."""
+    def reject(self, place: str, reason: str | Exception, context: str = "") -> None:
+        """Skip and count a bad line, and under `rows_without_id` one whose `reason` is a `MissingId`.
+
+        Raises `InputError` with `place` (file:line), `context` and `reason` once too many are bad.
+        """
         self._bad_lines += 1
         if self._bad_lines > self.max_bad_lines:
             raise InputError(
-                f"{place}: {one_line(reason)}. Mend it, or skip such lines with --max_bad_lines "
+                f"{place}: {one_line(f'{context}{reason}')}. Mend it, or skip such lines with --max_bad_lines "
                 f"(now {self.max_bad_lines}); each one is counted"
             )
         self.counts["bad_lines"] += 1
+        if isinstance(reason, MissingId):
+            self.counts["rows_without_id"] += 1
 
 
 def read_byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:

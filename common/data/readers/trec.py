@@ -18,7 +18,7 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import iterparse
 
 from common.data.readers.lines import ReadTally, read_byte_lines
-from common.data.records import Event, Record
+from common.data.records import Event, MissingId, Record, is_missing_id, parse_time
 from common.errors import InputError
 
 HALF_DAY = 43_200.0
@@ -46,7 +46,7 @@ def read(path: Path, tally: ReadTally) -> Iterator[Record]:
                 try:
                     yield _record(element, match[1], tally)
                 except ValueError as error:
-                    tally.reject(f"{path}:{source.number}", f"session {element.get('num')!r} ends here; {error}")
+                    tally.reject(f"{path}:{source.number}", error, f"session {element.get('num')!r} ends here; ")
                 root.clear()
     except ParseError as error:
         raise InputError(f"{path}:{error.position[0]}: not well-formed XML ({error.msg})") from None
@@ -77,13 +77,13 @@ class _LineSource:
 
 
 def _record(session: Element, year: str, tally: ReadTally) -> Record:
-    number = session.get("num")
-    if not number:
-        raise ValueError("the session has no 'num'")
+    number = _id(session, "num")
+    if number is None:
+        raise MissingId("the session has no 'num'")
     session_id = f"trec{year}-s{number}"
-    user = session.get("userid")
+    user = _id(session, "userid")
     topic = session.find("topic")
-    topic_number = None if topic is None else topic.get("num")
+    topic_number = None if topic is None else _id(topic, "num")
     return Record(
         user_id=f"trec{year}-u{user}" if user else session_id,
         events=_events(session, tally),
@@ -136,6 +136,11 @@ def _clicks(interaction: Element, query: str, start: str, tally: ReadTally) -> I
         )
 
 
+def _id(element: Element, name: str) -> str | None:
+    value = element.get(name)
+    return None if is_missing_id(value) else value
+
+
 def _text(element: Element, path: str) -> str:
     """The text under `path`, free of the second escaping, the JSON escapes and all white space but single spaces."""
     text = html.unescape(element.findtext(path) or "")
@@ -164,7 +169,7 @@ def _clock(text: str) -> float:
         parts = []
     if len(parts) not in (1, 3):
         raise ValueError(f"time {text!r} is neither HH:MM:SS nor seconds")
-    return sum(part * unit for part, unit in zip(reversed(parts), (1, 60, 3600), strict=False))
+    return parse_time(sum(part * unit for part, unit in zip(reversed(parts), (1, 60, 3600), strict=False)))
 
 
 def _number(text: str | None) -> int:

@@ -68,7 +68,7 @@ def load_template(name: str) -> Template:
         trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False
     )
     try:
-        template = environment.from_string(content.decode("utf-8"))
+        template = environment.from_string(content.decode("utf-8-sig"))
     except (TemplateError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a valid Jinja template ({error})") from None
     if "user" not in template.blocks:
