@@ -12,6 +12,10 @@ from urllib.parse import urlsplit
 from common.config import option
 from common.errors import InputError
 
+# How an endpoint can be held to the form of an answer, the surest first; `AUTO` tries them in this order.
+WAYS = ("json_schema", "json_object", "none")
+AUTO = "auto"
+
 
 @dataclass
 class EndpointOptions:
@@ -26,8 +30,10 @@ class EndpointOptions:
         False, "Send search histories, which are personal, to an endpoint on another machine."
     )
     structured_output: str = option(
-        "json_schema", "How the endpoint is held to the answer's form: response_format, or by the prompt alone.",
-        choices=["json_schema", "none"],
+        AUTO,
+        "How the endpoint is held to the answer's form: response_format json_schema, json_object with the schema, none "
+        "(the prompt alone), or auto: the first of them that works.",
+        choices=[AUTO, *WAYS],
     )
     extra_body: str = option(
         "", 'JSON merged into every request, such as {"chat_template_kwargs": {"enable_thinking": false}}.'
