@@ -13,6 +13,7 @@ from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpe
 from openai.types.chat import ChatCompletion
 
 from common.errors import InputError
+from common.feedback.llm.keys import without_key
 from common.feedback.llm.options import EndpointOptions, api_key, extra_body, is_local
 
 Messages = list[dict[str, str]]
@@ -164,8 +165,7 @@ class ChatClient:
 
     def _without_key(self, text: str) -> str:
         """An error's text on one line, cut to a readable length; a server may quote the key that it was sent."""
-        key = api_key(self._options)
-        return " ".join((text.replace(key, "<key>") if key else text).split())[:_SHOWN_ERROR]
+        return " ".join(without_key(text, api_key(self._options)).split())[:_SHOWN_ERROR]
 
 
 class _Unreadable(Exception):

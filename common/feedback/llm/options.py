@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import os
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from common.config import option
 from common.errors import InputError
+from common.feedback.llm.keys import read_key
 
 # How an endpoint can be held to the form of an answer, the surest first; `AUTO` tries them in this order.
 WAYS = ("json_schema", "json_object", "none")
@@ -77,6 +77,7 @@ def check_endpoint(options: EndpointOptions) -> None:
         raise InputError(
             f"--base_url {_shown(options)}: put its key into the environment variable {options.api_key_env}"
         )
+    api_key(options)
     for name in ("max_answer_tokens", "history_events", "concurrency"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} must be at least 1, not {getattr(options, name)}")
@@ -102,8 +103,8 @@ def is_local(options: EndpointOptions) -> bool:
 
 
 def api_key(options: EndpointOptions) -> str:
-    """The key from the environment; empty where there is none."""
-    return os.environ.get(options.api_key_env, "")
+    """The key from the environment, empty where there is none; raises `InputError` for what can be none."""
+    return read_key(options.api_key_env)
 
 
 def extra_body(options: EndpointOptions) -> dict[str, Any]:
