@@ -16,7 +16,7 @@ import re
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,12 +29,21 @@ CONTENT_FAULTS = ("broken_json", "short", "extra", "wrong_score", "duplicate")
 FAULTS = (*HTTP_FAULTS, *CONTENT_FAULTS)
 RIGHT = "right"
 
+# The ways of `response_format` that a server may know; llama-cpp-python's server knows the first two.
+FORMATS = ("text", "json_object", "json_schema")
+# What that server answers to another one, with status 500.
+_UNKNOWN_FORMAT = (
+    "[{'type': 'literal_error', 'loc': ('body', 'response_format', 'type'), 'msg': \"Input should be 'text' or "
+    "'json_object'\", 'input': 'json_schema', 'ctx': {'expected': \"'text' or 'json_object'\"}}]"
+)
+UNKNOWN_FORMAT, PROSE = "unknown_format", "prose"
+
 # How a request is met, by its number and its body.
 Choice = Callable[[int, dict[str, Any]], str]
 
 _QUERY = re.compile(r"^query (\d+): (.*)$", re.MULTILINE)
 _WORDS = re.compile(r"^words of query (\d+): (.*)$", re.MULTILINE)
-_REASONS = {200: "OK", 404: "Not Found", 429: "Too Many Requests", 500: "Internal Server Error"}
+_REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 429: "Too Many Requests", 500: "Internal Server Error"}
 
 
 @dataclass
@@ -52,9 +61,14 @@ class ServerConfig:
 
 @dataclass
 class Endpoint:
-    """The server: `choose` says how each request is met, `seen` holds what was asked."""
+    """The server: `choose` says how each request is met, `seen` holds what was asked.
+
+    It knows the `formats` of an answer. One that `chats` answers in prose unless it is held to a schema.
+    """
 
     choose: Choice = lambda number, body: RIGHT
+    formats: Sequence[str] = FORMATS
+    chats: bool = False
     slots: int = 64
     seconds: float = 0.0
     slow_seconds: float = 5.0
@@ -97,7 +111,7 @@ class Endpoint:
         if not path.endswith("/chat/completions"):
             return await _send(writer, 404, {"error": {"message": f"no {path} here"}})
         body = json.loads(content)
-        outcome = self.choose(sum(self.outcomes.values()), body)
+        outcome = self._outcome(body)
         self.outcomes[outcome] += 1
         if self.keep:
             self.seen.append(body)
@@ -111,6 +125,14 @@ class Endpoint:
             self.under_way -= 1
             self.last = time.monotonic()
 
+    def _outcome(self, body: dict[str, Any]) -> str:
+        form = body.get("response_format", {"type": "text"})
+        if form["type"] not in self.formats:
+            return UNKNOWN_FORMAT
+        if self.chats and not form.keys() & {"json_schema", "schema"}:
+            return PROSE
+        return self.choose(sum(self.outcomes.values()), body)
+
     async def _meet(self, writer: asyncio.StreamWriter, body: dict[str, Any], outcome: str) -> bool:
         if outcome == "429":
             return await _send(writer, 429, {"error": {"message": "later"}}, {"Retry-After": f"{self.retry_after:g}"})
@@ -120,6 +142,10 @@ class Endpoint:
             await asyncio.sleep(self.seconds)
         if outcome == "500":
             return await _send(writer, 500, {"error": {"message": "out of memory"}})
+        if outcome == "400":
+            return await _send(writer, 400, {"error": {"message": "the messages are too long"}})
+        if outcome == UNKNOWN_FORMAT:
+            return await _send(writer, 500, {"error": {"message": _UNKNOWN_FORMAT, "type": "internal_server_error"}})
         completion = complete(body, outcome)
         text = json.dumps(completion)
         if outcome in ("cut", "broken_body"):
@@ -153,18 +179,22 @@ def complete(body: dict[str, Any], outcome: str) -> dict[str, Any]:
 
 
 def answer_text(body: dict[str, Any], outcome: str) -> str:
-    """The answer in the form that the request asks for; label_words where it asks for none."""
-    form = body.get("response_format", {}).get("json_schema", {}).get("name", "ResponseScores")
+    """The answer in the form that the prompt asks for."""
+    if outcome == PROSE:
+        return "These are fine queries, and the user will like them."
     prompt = next(message["content"] for message in body["messages"] if message["role"] == "user")
-    if form in ("Verdict", "ScoredVerdict"):
-        answer = _verdict(prompt, form)
-    elif form == "SentenceScores":
-        answer = {"queries": [{"query": int(n), "score": score_of(text)} for n, text in _QUERY.findall(prompt)]}
-    else:
+    with_words = _WORDS.search(prompt) is not None
+    if '<list name="' in prompt:
+        answer = _verdict(prompt, with_words)
+    elif with_words:
         answer = {"queries": _scored(prompt)}
+    else:
+        answer = {"queries": {number: score_of(text) for number, text in _QUERY.findall(prompt)}}
     if outcome in CONTENT_FAULTS and "queries" in answer:
         _spoil(answer["queries"], outcome)
     text = json.dumps(answer)
+    if outcome == "duplicate":
+        text = re.sub(r'("1": \d)', r"\1, \1", text, count=1)
     return text[:-5] if outcome == "broken_json" else text
 
 
@@ -173,37 +203,34 @@ def score_of(text: str) -> int:
     return zlib.crc32(text.encode()) % 3
 
 
-def _scored(prompt: str) -> list[dict[str, Any]]:
-    queries = []
+def _scored(prompt: str) -> dict[str, dict[str, Any]]:
+    queries = {}
     for number, listed in _WORDS.findall(prompt):
         words = [word.partition("=")[2] for word in listed.split("  ")]
-        scores = [{"i": i, "score": score_of(word)} for i, word in enumerate(words, start=1)]
-        total = max(score["score"] for score in scores)
-        queries.append({"query": int(number), "words": scores, "score": total})
+        scores = {str(i): score_of(word) for i, word in enumerate(words, start=1)}
+        queries[number] = {"words": scores, "score": max(scores.values())}
     return queries
 
 
-def _verdict(prompt: str, form: str) -> dict[str, Any]:
-    """The list with the larger sum of query scores."""
+def _verdict(prompt: str, with_words: bool) -> dict[str, Any]:
+    """The list with the larger sum of query scores, after all scores where there are words."""
     lists = prompt.split('<list name="')[1:]
     sums = [sum(score_of(text) for _, text in _QUERY.findall(part)) for part in lists]
     verdict = {"verdict": "A" if sums[0] > sums[1] else "B" if sums[1] > sums[0] else "tie"}
-    if form == "Verdict":
+    if not with_words:
         return verdict
     return {"a": _scored(lists[0]), "b": _scored(lists[1]), **verdict}
 
 
-def _spoil(queries: list[dict[str, Any]], outcome: str) -> None:
-    """One of the errors that models make; an answer about whole queries loses, gains or repeats a query."""
-    items = queries[0].get("words", queries)
+def _spoil(queries: dict[str, Any], outcome: str) -> None:
+    """One of the errors that models make; an answer about whole queries loses or gains a query."""
+    scores = queries["1"]["words"] if isinstance(queries["1"], dict) else queries
     if outcome == "short":
-        items.pop()
+        scores.popitem()
     elif outcome == "extra":
-        items.append({**items[-1], **{name: len(items) + 1 for name in ("i", "query") if name in items[-1]}})
-    elif outcome == "duplicate":
-        items.append(dict(items[0]))
+        scores[str(len(scores) + 1)] = 0
     elif outcome == "wrong_score":
-        items[0]["score"] = 3
+        scores["1"] = 3
 
 
 async def _read_request(reader: asyncio.StreamReader) -> tuple[str, dict[str, str], bytes] | None:

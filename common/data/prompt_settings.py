@@ -80,8 +80,8 @@ def serving_tokenizer(builder: PromptBuilder) -> PreTrainedTokenizerBase:
     """A copy of the builder's tokenizer whose chat template gives the ids of `builder.ids` for `builder.text`.
 
     With the template `chat` that is the tokenizer's own, with the date that it showed in training; where it takes a
-    list of parts, a server must send them, as vLLM does. Where no chat template can give the ids, the copy has none, so that
-    a server refuses instead of asking otherwise than in training; this is printed.
+    list of parts, a server must send them, as vLLM does. Where no chat template can give the ids, the copy has none, so
+    that a server refuses instead of asking otherwise than in training; this is printed.
     """
     tokenizer = copy.deepcopy(builder.tokenizer)
     if builder.chat:

@@ -46,8 +46,11 @@ async def _stop(server: asyncio.Server) -> None:
 
 
 def options(base_url: str, **changes: Any) -> EndpointOptions:
-    """Options of a quick test: few repeats, short waits."""
-    settings = {"base_url": base_url, "model": MODEL, "timeout": 2.0, "max_retries": 2, "max_failure_share": 1.0}
+    """Options of a quick test: few repeats, short waits, one way to hold the endpoint to a form."""
+    settings = {
+        "base_url": base_url, "model": MODEL, "timeout": 2.0, "max_retries": 2, "max_failure_share": 1.0,
+        "structured_output": "json_schema",
+    }  # fmt: skip
     return EndpointOptions(**{**settings, **changes})
 
 

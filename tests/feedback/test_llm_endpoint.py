@@ -63,11 +63,11 @@ def test_without_structured_output_the_prompt_alone_asks_for_the_form(tmp_path: 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("short", "word 2 of query 1 has no score; there are 2"),
-        ("extra", "there is no word 3 of query 1; there are 2"),
-        ("duplicate", "word 1 of query 1 is scored more than once"),
-        ("wrong_score", "queries.0.words.0.score: Input should be 0, 1 or 2"),
-        ("broken_json", "Invalid JSON"),
+        ("short", "queries.1.words.2: Field required"),
+        ("extra", "queries.1.words.3: Extra inputs are not permitted"),
+        ("duplicate", "'1' occurs more than once in one object"),
+        ("wrong_score", "queries.1.words.1: Input should be 0, 1 or 2"),
+        ("broken_json", "not valid JSON"),
     ],
 )
 def test_at_most_two_corrections_that_quote_the_error_and_then_no_label(
@@ -159,7 +159,7 @@ def test_a_budget_ends_the_run_and_the_next_one_goes_on(limit: dict, most: int, 
 def test_a_run_in_which_too_much_fails_ends_early(tmp_path: Path) -> None:
     items = [item(number, f"trail shoes {number}") for number in range(300)]
     endpoint = Endpoint(choose=lambda *_: "short")
-    message = r"more than --max_failure_share 0\.05 allows.*word 3"
+    message = r"--max_failure_share 0\.05 allows.*queries\.1\.words\.3: Field required.*--structured_output auto"
     with serving(endpoint) as url, pytest.raises(InputError, match=message):
         annotate(options(url, max_failure_share=0.05, concurrency=4), tmp_path / "answers.jsonl", items)
     # The sixth failure is one too many for a hundred records; those under way are finished, three requests each.
@@ -186,7 +186,6 @@ def test_an_instruction_in_one_record_changes_no_other(tmp_path: Path) -> None:
     assert results == alone
     others = [body for body in obeying.seen if "Ignore all rules" not in str(body["messages"])]
     assert sorted(map(json.dumps, others)) == sorted(map(json.dumps, honest.seen))
-    assert all(body["response_format"] == honest.seen[0]["response_format"] for body in obeying.seen)
 
 
 @contextmanager

@@ -83,8 +83,8 @@ def test_a_judge_who_always_prefers_the_first_decides_nothing(
 ) -> None:
     fair_verdict = annotator_server._verdict
 
-    def biased(prompt: str, form: str) -> dict[str, Any]:
-        return {**fair_verdict(prompt, form), "verdict": "A"}
+    def biased(prompt: str, with_words: bool) -> dict[str, Any]:
+        return {**fair_verdict(prompt, with_words), "verdict": "A"}
 
     monkeypatch.setattr(annotator_server, "_verdict", biased)
     bad, fair, good = texts_with_sums()

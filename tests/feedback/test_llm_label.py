@@ -20,7 +20,7 @@ from common.feedback.labels import quarantine_path, read_labels, read_quarantine
 from common.feedback.llm.answers import answer_key
 from common.feedback.llm.client import sampling
 from common.feedback.llm.prompts import load_template
-from common.feedback.llm.schemas import ResponseScores, response_format
+from common.feedback.llm.schemas import response_format, word_form
 from common.files import write_jsonl
 from step2_token_reward.label import main
 from tests.feedback.endpoint import MODEL, expected, options, serving
@@ -49,7 +49,8 @@ def label(monkeypatch: pytest.MonkeyPatch, samples: Path, url: str, *more: str) 
 def key_of(body: dict[str, Any]) -> str:
     """The key under which the answer to a request is stored."""
     template = load_template("label_words_v1").digest
-    return answer_key(MODEL, template, body["messages"], sampling(options("")), response_format(ResponseScores))
+    form = response_format(word_form("best shoes 0\nsuede boots"), "json_schema")
+    return answer_key(MODEL, template, body["messages"], sampling(options("")), form)
 
 
 def stored_keys(samples: Path) -> set[str]:

@@ -27,12 +27,11 @@ CHAT_TEMPLATE = (
 HISTORY = (Event("search", query="trail shoes"), Event("click", title="Shoes for flat feet"))
 LEARNT = {
     "red trail shoes": (
-        '{"queries": [{"query": 1, "words": [{"i": 1, "score": 0}, {"i": 2, "score": 2}, {"i": 3, "score": 2}], '
-        '"score": 1}]}'
+        '{"queries": {"1": {"words": {"1": 0, "2": 2, "3": 2}, "score": 1}}}'
     ),
     "flat feet\nred hat": (
-        '{"queries": [{"query": 1, "words": [{"i": 1, "score": 2}, {"i": 2, "score": 2}], "score": 2}, '
-        '{"query": 2, "words": [{"i": 1, "score": 0}, {"i": 2, "score": 0}], "score": 0}]}'
+        '{"queries": {"1": {"words": {"1": 2, "2": 2}, "score": 2}, '
+        '"2": {"words": {"1": 0, "2": 0}, "score": 0}}}'
     ),
 }
 LABELS = [Annotation(((0, 2, 2),), (1,)), Annotation(((2, 2), (0, 0)), (2, 0))]

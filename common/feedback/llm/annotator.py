@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from common.feedback.annotator import Annotation, Done, FeedbackItem, words_by_query
 from common.feedback.llm.model import LanguageModel, Question
 from common.feedback.llm.prompts import Template, lines_with_words, shown_history, shown_queries
-from common.feedback.llm.schemas import ResponseScores, parse_annotation
+from common.feedback.llm.schemas import parse_annotation, word_form
 from common.feedback.llm.workers import ask_all
 
 
@@ -42,6 +42,5 @@ class LLMAnnotator:
             history=shown_history(item.history, self.model.options.history_events), queries=shown_queries(item.response)
         )
         scores = sum(map(len, words)) + len(lines_with_words(item.response))
-        return Question(
-            self.template, messages, ResponseScores, lambda text: parse_annotation(text, item.response), scores
-        )
+        form = word_form(item.response)
+        return Question(self.template, messages, form, lambda text: parse_annotation(text, item.response), scores)

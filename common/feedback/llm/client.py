@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +13,27 @@ from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpe
 from openai.types.chat import ChatCompletion
 
 from common.errors import InputError
+from common.feedback.llm.keys import without_key
 from common.feedback.llm.options import EndpointOptions, api_key, extra_body, is_local
 
 Messages = list[dict[str, str]]
 
 # What no repeat mends: a wrong key, no leave, a wrong address or model.
 _FATAL = {401: "is its key right?", 403: "may this key use it?", 404: "are --base_url and --model right?"}
+# A request that the server cannot read, or whose form it does not know.
+_REFUSED = (400, 405, 415, 422, 501)
+# Errors of validation, which some servers (llama-cpp-python) answer with 500: pydantic's words, or the field's name.
+_INVALID = re.compile(r"validation error|Input should be|[\"']loc[\"']\s*:|response_format|json_schema", re.IGNORECASE)
 _SHOWN_ERROR = 300
 _UNREADABLE_DELAY = 0.5  # seconds before an unreadable answer is asked for again, as the client waits after an error
 
 
 class NoAnswer(Exception):
     """The endpoint gave no readable answer to one request, also when it was repeated."""
+
+
+class Refused(NoAnswer):
+    """The endpoint cannot take the request as it is, whatever is tried: no repeat helps, another form may."""
 
 
 class BudgetReached(Exception):
@@ -85,9 +95,10 @@ class Answer:
 class ChatClient:
     """Asks one endpoint; to be entered within the event loop that uses it.
 
-    Repeats with growing delays, and after the time that `Retry-After` asks for, are the `openai` client's own; an
-    answer that cannot be read, or that holds no choice, is asked for again in the same way. Redirects are not followed
-    and, for an endpoint on this machine, no proxy is used: a history goes where `--base_url` says and nowhere else.
+    Repeats with growing delays, and after the time that `Retry-After` asks for, are the `openai` client's own; a server
+    error that refuses the request's form (`is_refusal`) is not repeated. An answer that cannot be read, or that holds
+    no choice, is asked for again in the same way. Redirects are not followed and, for an endpoint on this machine, no
+    proxy is used: a history goes where `--base_url` says and nowhere else.
     """
 
     def __init__(self, options: EndpointOptions, meter: Meter) -> None:
@@ -101,7 +112,7 @@ class ChatClient:
 
         http = DefaultAsyncHttpxClient(
             follow_redirects=False, trust_env=not is_local(self._options), timeout=self._options.timeout,
-            event_hooks={"request": [count]},
+            event_hooks={"request": [count], "response": [_mark_refusal]},
         )  # fmt: skip
         self._client = AsyncOpenAI(
             api_key=api_key(self._options) or "none", base_url=self._options.base_url, http_client=http,
@@ -115,8 +126,8 @@ class ChatClient:
     async def complete(self, messages: Messages, response_format: dict[str, Any] | None) -> Answer:
         """The answer to `messages`, held to `response_format` where there is one.
 
-        Raises `NoAnswer` when this request fails for good, `BudgetReached` when it may not be sent, and `InputError`
-        when no request can succeed.
+        Raises `Refused` when the endpoint cannot take this request, `NoAnswer` when it fails for good, `BudgetReached`
+        when it may not be sent, and `InputError` when no request can succeed.
         """
         body = {**self._sampling, **({"response_format": response_format} if response_format else {})}
         reason = ""
@@ -150,16 +161,29 @@ class ChatClient:
         message = self._without_key(f"HTTP {error.status_code}: {said or error.response.text or error.message}")
         if error.status_code in _FATAL:
             return InputError(f"{self._options.base_url} refuses: {message}; {_FATAL[error.status_code]}")
-        return NoAnswer(message)
+        return Refused(message) if is_refusal(error.status_code, error.response.text) else NoAnswer(message)
 
     def _without_key(self, text: str) -> str:
         """An error's text on one line, cut to a readable length; a server may quote the key that it was sent."""
-        key = api_key(self._options)
-        return " ".join((text.replace(key, "<key>") if key else text).split())[:_SHOWN_ERROR]
+        return " ".join(without_key(text, api_key(self._options)).split())[:_SHOWN_ERROR]
 
 
 class _Unreadable(Exception):
     """A completion that holds no answer."""
+
+
+def is_refusal(status: int, body: str) -> bool:
+    """Whether an error is about the request's form, so that the same request can only fail again."""
+    return status in _REFUSED or (status >= 500 and _INVALID.search(body) is not None)
+
+
+async def _mark_refusal(response: Any) -> None:
+    """Have the `openai` client, which repeats after every 5xx, give up on a refusal, by the header that it obeys."""
+    if response.status_code < 500:
+        return
+    body = await response.aread()
+    if is_refusal(response.status_code, body.decode(errors="replace")):
+        response.headers["x-should-retry"] = "false"
 
 
 def sampling(options: EndpointOptions) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from common.feedback.annotator import FeedbackItem, Unlabelled, words_by_query
 from common.feedback.llm.model import LanguageModel, Question
 from common.feedback.llm.prompts import Template, lines_with_words, load_template, shown_history, shown_queries
 from common.feedback.llm.schemas import (
-    ScoredVerdict,
-    SentenceScores,
     Verdict,
     check_scores,
     parse,
     parse_query_scores,
+    query_form,
+    scored_verdict_form,
 )
 from common.feedback.llm.workers import ask_all
 from common.text import split_queries
@@ -75,9 +75,8 @@ def score_whole_queries(
         messages = template.messages(
             history=shown_history(item.history, model.options.history_events), queries=shown_queries(item.response)
         )
-        return Question(
-            template, messages, SentenceScores, lambda text: parse_query_scores(text, item.response), len(asked)
-        )
+        form = query_form(item.response)
+        return Question(template, messages, form, lambda text: parse_query_scores(text, item.response), len(asked))
 
     return _gather(model, items, question, progress)
 
@@ -116,17 +115,18 @@ def _comparison(model: LanguageModel, template: Template, level: str, order: _Sh
         history=shown_history(order.history, model.options.history_events), list_a=list_a, list_b=list_b
     )
     if level == SENTENCE:
-        return Question(template, messages, Verdict, lambda text: parse(text, Verdict).verdict, 1)
+        return Question(template, messages, Verdict, lambda text: parse(text, Verdict)["verdict"], 1)
     scores = 1 + sum(1 + len(query["words"]) for query in (*list_a, *list_b))
-    return Question(template, messages, ScoredVerdict, lambda text: _scored_verdict(text, order), scores)
+    form = scored_verdict_form(order.a, order.b)
+    return Question(template, messages, form, lambda text: _scored_verdict(text, order), scores)
 
 
 def _scored_verdict(text: str, order: _Shown) -> str:
     """The verdict, once the scores before it have been found to fit both lists."""
-    answer = parse(text, ScoredVerdict)
-    check_scores(answer.a, order.a)
-    check_scores(answer.b, order.b)
-    return answer.verdict
+    answer = parse(text, scored_verdict_form(order.a, order.b))
+    check_scores(answer["a"], order.a)
+    check_scores(answer["b"], order.b)
+    return answer["verdict"]
 
 
 def _gather(model: LanguageModel, items: Sequence[Any], question: Callable, progress: str) -> list[Any]:

@@ -6,20 +6,28 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel
-
+from common.errors import InputError, one_line
 from common.feedback.annotator import Unlabelled
 from common.feedback.llm.answers import AnswerStore, answer_key
-from common.feedback.llm.client import ChatClient, Messages, Meter, NoAnswer, price, sampling
-from common.feedback.llm.options import EndpointOptions
+from common.feedback.llm.client import ChatClient, Messages, Meter, NoAnswer, Refused, price, sampling
+from common.feedback.llm.options import AUTO, WAYS, EndpointOptions
 from common.feedback.llm.prompts import Template
-from common.feedback.llm.schemas import AnswerError, response_format
+from common.feedback.llm.schemas import AnswerError, Form, fits, response_format
 
 REPAIRS = 2  # correction turns after an answer that does not fit
 _CHARS_A_TOKEN = 4  # of English in the tokenizers of today's models; an estimate before anything is sent
-_TOKENS_A_SCORE = 12  # {"i": 12, "score": 2}, with its comma
+_TOKENS_A_SCORE = 8  # "12": 2, with its comma, and a share of the frame around a query's words
+_TRIED_RECORDS = 3  # on which `settle` tries each way
+
+_SHOWN_REPLY = 80
+_WAY_TEXTS = {
+    "json_schema": "json_schema",
+    "json_object": "json_object with the schema",
+    "none": "none, the prompt alone asks for the form",
+}
 
 Value = TypeVar("Value")
 
@@ -33,7 +41,7 @@ class Question(Generic[Value]):
 
     template: Template
     messages: Messages
-    form: type[BaseModel]
+    form: Form
     read: Callable[[str], Value]
     scores: int
 
@@ -61,6 +69,59 @@ class LanguageModel:
         self.store = store
         self.meter = meter
         self._under_way: dict[str, asyncio.Task[str]] = {}
+        # How the endpoint is held to the form; empty until `settle` has found out.
+        #
+        # It is a part of an answer's key (an answer that does not fit must not be found again once the endpoint is held
+        # to the form) and no part of a label's annotator: whichever way, the labels come from the same model and prompt
+        # and pass the same check. So labelling may go on at a server that knows another way.
+        self.way = "" if options.structured_output == AUTO else options.structured_output
+
+    async def settle(self, client: ChatClient, questions: Iterable[Question[Any]]) -> str:
+        """Find out, where that is left open, how the endpoint is held to the form; what was found, for the user.
+
+        The first way is taken whose answer to the first question has the form; the prompt alone where none has.
+        Where the endpoint answers no way at all the next question is tried, for a failure may be one record's own.
+        Raises `InputError` when it answers none of the first `_TRIED_RECORDS`, else as `ChatClient.complete` does.
+        """
+        if self.way:
+            return ""
+        failures: list[str] = []
+        for question in islice(questions, _TRIED_RECORDS):
+            failures = []
+            try:
+                self.way = self._stored_way(question) or await self._find_way(client, question, failures)
+            except NoAnswer as error:  # a failure that has nothing to do with the form
+                failures.append(str(error))
+            if self.way:
+                others = f" ({'; '.join(failures)})" if failures else ""
+                return f"structured output: {_WAY_TEXTS[self.way]}{others}"
+        if not failures:
+            return ""
+        raise InputError(
+            f"{self.options.base_url} answers no question of {self.options.model}: {'; '.join(failures)}. Look at the "
+            "server's log; python -m common.feedback.llm.check asks about one invented record"
+        )
+
+    def _stored_way(self, question: Question[Any]) -> str:
+        """The way whose answer to `question` is stored and has the form; empty where there is none."""
+        rows = {way: self.store.get(self._key(question, question.messages, way)) for way in WAYS}
+        return next((way for way, row in rows.items() if row and fits(row["reply"], question.form)), "")
+
+    async def _find_way(self, client: ChatClient, question: Question[Any], failures: list[str]) -> str:
+        """The first way whose answer has the form; `none` if none has but one came; empty where each is refused."""
+        answered = False
+        for way in WAYS:
+            try:
+                reply, finish_reason = await self._answer(client, question, question.messages, way)
+            except Refused as error:
+                failures.append(f"{way}: {error}")
+                continue
+            answered = True
+            if fits(reply, question.form):
+                return way
+            cut = self._cut_off(finish_reason)
+            failures.append(f"{way}: the answer{cut} does not have the form: {one_line(repr(reply), _SHOWN_REPLY)}")
+        return "none" if answered else ""
 
     async def ask(self, client: ChatClient, question: Question[Value]) -> Value | Unlabelled:
         """What `question` reads from the answer, or from one of at most `REPAIRS` corrections.
@@ -72,15 +133,14 @@ class LanguageModel:
         replies: list[str] = []
         for _ in range(1 + REPAIRS):
             try:
-                reply, finish_reason = await self._answer(client, question, messages)
+                reply, finish_reason = await self._answer(client, question, messages, self.way)
             except NoAnswer as error:
                 return Unlabelled(str(error), tuple(replies))
             replies.append(reply)
             try:
                 return question.read(reply)
             except AnswerError as error:
-                cut = f" (cut off at {self.options.max_answer_tokens} tokens)" if finish_reason == "length" else ""
-                problem = f"{error}{cut}"
+                problem = f"{error}{self._cut_off(finish_reason)}"
             messages = [
                 *messages,
                 {"role": "assistant", "content": reply},
@@ -88,14 +148,18 @@ class LanguageModel:
             ]
         return Unlabelled(problem, tuple(replies))
 
+    def _cut_off(self, finish_reason: str) -> str:
+        return f" (cut off at {self.options.max_answer_tokens} tokens)" if finish_reason == "length" else ""
+
     def estimate(self, questions: Iterable[Question[Any]]) -> Estimate:
         """What asking would take. Corrections and repeats are not counted in; equal questions are one call."""
         seen: set[str] = set()
         records = stored = prompt_chars = scores = 0
         for question in questions:
             records += 1
-            key = self._key(question, question.messages)
-            if key not in seen and key in self.store:
+            ways = [self.way] if self.way else WAYS
+            key, *others = (self._key(question, question.messages, way) for way in ways)
+            if key not in seen and any(each in self.store for each in (key, *others)):
                 stored += 1
             elif key not in seen:
                 prompt_chars += sum(len(message["content"]) for message in question.messages)
@@ -113,32 +177,30 @@ class LanguageModel:
             f"{len(self.store)} answers in {self.store.path}"
         )
 
-    async def _answer(self, client: ChatClient, question: Question[Any], messages: Messages) -> tuple[str, str]:
+    async def _answer(
+        self, client: ChatClient, question: Question[Any], messages: Messages, way: str
+    ) -> tuple[str, str]:
         """Text and finish reason of the answer to `messages`."""
-        key = self._key(question, messages)
+        key = self._key(question, messages, way)
         row = self.store.get(key)
         if row is None:
             task = self._under_way.get(key)
             if task is None:
-                task = asyncio.create_task(self._request(client, question, messages, key))
+                task = asyncio.create_task(self._request(client, question, messages, way))
                 self._under_way[key] = task
                 task.add_done_callback(lambda _: self._under_way.pop(key))
             await task
             row = self.store.get(key)
         return row["reply"], row["finish_reason"]
 
-    async def _request(self, client: ChatClient, question: Question[Any], messages: Messages, key: str) -> None:
-        answer = await client.complete(messages, self._form(question))
+    async def _request(self, client: ChatClient, question: Question[Any], messages: Messages, way: str) -> None:
+        answer = await client.complete(messages, response_format(question.form, way))
         row = asdict(answer)
-        self.store.put(key, {
+        self.store.put(self._key(question, messages, way), {
             "template": question.template.title, "model": self.options.model, "reply": row.pop("text"), **row,
             "time": round(time.time(), 3),
         })  # fmt: skip
 
-    def _key(self, question: Question[Any], messages: Messages) -> str:
-        template, form = question.template.digest, self._form(question)
+    def _key(self, question: Question[Any], messages: Messages, way: str) -> str:
+        template, form = question.template.digest, response_format(question.form, way)
         return answer_key(self.options.model, template, messages, sampling(self.options), form)
-
-    def _form(self, question: Question[Any]) -> dict[str, Any] | None:
-        """What the endpoint is held to; None where the prompt alone asks for the form."""
-        return response_format(question.form) if self.options.structured_output == "json_schema" else None

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import os
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from common.config import check_numbers, option
 from common.errors import InputError
+from common.feedback.llm.keys import read_key
+
+# How an endpoint can be held to the form of an answer, the surest first; `AUTO` tries them in this order.
+WAYS = ("json_schema", "json_object", "none")
+AUTO = "auto"
 
 
 @dataclass
@@ -26,8 +30,10 @@ class EndpointOptions:
         False, "Send search histories, which are personal, to an endpoint on another machine."
     )
     structured_output: str = option(
-        "json_schema", "How the endpoint is held to the answer's form: response_format, or by the prompt alone.",
-        choices=["json_schema", "none"],
+        AUTO,
+        "How the endpoint is held to the answer's form: response_format json_schema, json_object with the schema, none "
+        "(the prompt alone), or auto: the first of them that works.",
+        choices=[AUTO, *WAYS],
     )
     extra_body: str = option(
         "", 'JSON merged into every request, such as {"chat_template_kwargs": {"enable_thinking": false}}.'
@@ -72,6 +78,7 @@ def check_endpoint(options: EndpointOptions) -> None:
         raise InputError(
             f"--base_url {_shown(options)}: put its key into the environment variable {options.api_key_env}"
         )
+    api_key(options)  # raises for one that cannot be a key
     check_numbers(options)
     if options.max_cost and not (options.price_in or options.price_out):
         raise InputError("--max_cost needs prices: give --price_in and --price_out, by the million tokens")
@@ -88,8 +95,8 @@ def is_local(options: EndpointOptions) -> bool:
 
 
 def api_key(options: EndpointOptions) -> str:
-    """The key from the environment; empty where there is none."""
-    return os.environ.get(options.api_key_env, "")
+    """The key from the environment, empty where there is none; raises `InputError` for what can be none."""
+    return read_key(options.api_key_env)
 
 
 def extra_body(options: EndpointOptions) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from common.errors import InputError
 from common.feedback.annotator import Unlabelled
 from common.feedback.llm.client import BudgetReached, ChatClient, Meter
 from common.feedback.llm.model import LanguageModel, Question
+from common.feedback.llm.options import AUTO
 
 JUDGED_FROM = 100  # records from which on the share of failures is looked at
+ALL_FAILED_FROM = 6  # records that fail without one that succeeds: no share of them will do better
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -34,8 +36,11 @@ def ask_all(
     `options.concurrency` items are in work at a time, and no other question is held in memory. `before` counts items
     that got their values in an earlier run.
 
-    Raises `InputError` when the budget is reached or more than `options.max_failure_share` of the items failed; what
-    is ready by then has been given to `done`, and every answer is in the model's store.
+    Where the endpoint's way to hold to a form is open, it is found out and printed first (`LanguageModel.settle`).
+
+    Raises `InputError` when the budget is reached, when more than `options.max_failure_share` of the items failed, or
+    when the first `ALL_FAILED_FROM` of this run all did (unless that share is 1); what is ready by then has been given
+    to `done`, and every answer is in the model's store.
     """
     asyncio.run(_Run(model, items, question, done, progress, before).run())
 
@@ -50,6 +55,7 @@ class _Run:
         self._done = done
         self._places = iter(range(len(items)))
         self._total = before + len(items)
+        self._before = before
         self._ready, self._failed = before, 0
         self._first_failure = ""
         self._stop = ""
@@ -61,6 +67,7 @@ class _Run:
         workers = min(self._model.options.concurrency, len(self._items))
         with self._bar:
             async with ChatClient(self._model.options, self._model.meter) as client:
+                await self._settle(client)
                 try:
                     async with asyncio.TaskGroup() as group:
                         for _ in range(workers):
@@ -74,6 +81,14 @@ class _Run:
                 f"{self._stop}. {self._ready} of {self._total} records are done; the same command goes on from here, "
                 f"every answer being kept in {self._model.store.path}"
             )
+
+    async def _settle(self, client: ChatClient) -> None:
+        questions = (asked for item in self._items if isinstance(asked := self._question(item), Question))
+        try:
+            if found := await self._model.settle(client, questions):
+                tqdm.write(found)
+        except BudgetReached as reached:
+            self._stop = str(reached)
 
     async def _work(self, client: ChatClient) -> None:
         for place in self._places:
@@ -96,12 +111,18 @@ class _Run:
                 self._stop = self._failures()  # the others finish what is paid for
 
     def _too_many_failures(self, ready: int) -> bool:
-        return self._failed > self._model.options.max_failure_share * ready
+        share = self._model.options.max_failure_share
+        all_failed = self._failed == self._ready - self._before >= ALL_FAILED_FROM and share < 1
+        return all_failed or self._failed > share * ready
 
     def _failures(self) -> str:
+        options = self._model.options
+        auto = "" if options.structured_output == AUTO else "--structured_output auto, which tries every way; "
         return (
-            f"{self._failed} records got no valid answer, more than --max_failure_share "
-            f"{self._model.options.max_failure_share:g} allows; the first reason: {self._first_failure}"
+            f"{self._failed} of {self._ready - self._before} records got no valid answer, more than "
+            f"--max_failure_share {options.max_failure_share:g} allows; the first reason: {self._first_failure}. "
+            f"What may help: {auto}another --model; a larger --max_answer_tokens where answers are cut off, a larger "
+            "--timeout where none comes"
         )
 
 
