@@ -1,7 +1,8 @@
-"""A tokenizer's own chat template as this project asks with it: the same tomorrow as today.
+"""A tokenizer's own chat template as this project asks with it: the same tomorrow as today, and without EOS at its end.
 
 Some templates show today's date (`strftime_now`), so that one history would have other ids on another day. Some take a
-message's content as a list of parts alone and leave out a text.
+message's content as a list of parts alone and leave out a text. Some end a user's turn with EOS, whatever the caller
+wants.
 """
 
 from __future__ import annotations
@@ -38,6 +39,12 @@ class ChatTemplate:
         self._where = tokenizer.name_or_path or type(tokenizer).__name__
         self.source = self._pinned(self._own(), today)
         self._form = self._find_form()
+        eos = tokenizer.eos_token
+        if eos and self.render(_PROBE).endswith(eos):
+            # A plus keeps the white space that Jinja would take away after and before a block.
+            self.source = (
+                f"{{% set prompt +%}}{self.source}{{%+ endset %}}{{{{ prompt.removesuffix({_literal(eos)}) }}}}"
+            )
 
     def render(self, text: str) -> str:
         """The prompt of one user message, up to where the answer begins."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from common.data.prompts import CHAT, PromptBuilder
+from common.data.prompts import CHAT, PromptBuilder, added_ids
 from common.errors import InputError
 from common.files import read_json, write_json
 
@@ -102,17 +102,13 @@ def serving_tokenizer(builder: PromptBuilder) -> PreTrainedTokenizerBase:
 
 
 def _text_as_chat(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
-    """A chat template that sets `content`, an expression, between the special tokens that any text gets."""
-    encoded = tokenizer("a", return_special_tokens_mask=True)
-    tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
-    first = encoded["special_tokens_mask"].index(0)
-    last = len(tokens) - encoded["special_tokens_mask"][::-1].index(0)
-    before, after = (_literal("".join(part)) for part in (tokens[:first], tokens[last:]))
+    """A chat template that sets `content`, an expression, after the special tokens that any text begins with."""
+    before = _literal("".join(tokenizer.convert_ids_to_tokens(added_ids(tokenizer)[0])))
     return (
         "{%- if messages | length != 1 or messages[0].role != 'user' -%}"
         f"{{{{ raise_exception({_literal(_REFUSAL)}) }}}}"
         "{%- endif -%}"
-        f"{{{{ {before} + {content} + {after} }}}}"
+        f"{{{{ {before} + {content} }}}}"
     )
 
 

@@ -53,6 +53,9 @@ class PromptBuilder:
         self.template_source = read_text(path)
         self._template = _compile(self.template_source, path)
         self._special = _special_pattern(tokenizer)
+        before, after = added_ids(tokenizer)
+        self._num_after = len(after)
+        self._begins_with_bos = tokenizer.bos_token_id in before
 
     def ids(self, history: Sequence[Event]) -> list[int]:
         """Token ids of the prompt, at most `max_prompt_tokens`; the oldest events are left out where they do not fit,
@@ -67,10 +70,15 @@ class PromptBuilder:
         return self._fit(history)[0]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a rendered prompt, whatever their number."""
+        """Token ids of a rendered prompt, whatever their number.
+
+        Without a chat template they begin with the special tokens that the tokenizer puts before any text. What it puts
+        after one (EOS, with `add_eos_token`) is left out: the answer goes on from here.
+        """
         if self.chat:
             return self.tokenizer(self.chat.render(text), add_special_tokens=False)["input_ids"]
-        return self.tokenizer(text, add_special_tokens=True)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=True)["input_ids"]
+        return ids[: len(ids) - self._num_after]
 
     def clean(self, text: str) -> str:
         """One line of plain text: no line breaks, no special token of the tokenizer, at most `MAX_EVENT_CHARS`."""
@@ -115,9 +123,12 @@ class PromptBuilder:
 
     def _render(self, events: Sequence[PromptEvent]) -> str:
         try:
-            return self._template.render(events=events, num_queries=self.num_queries)
+            text = self._template.render(events=events, num_queries=self.num_queries)
         except TemplateError as error:
             raise InputError(f"the prompt template does not render: {error}") from None
+        # A template file that was written for bare text may spell the marks that are none of its business here.
+        bos = self.tokenizer.bos_token if self._begins_with_bos else None
+        return text.removeprefix(bos or "").removesuffix(self.tokenizer.eos_token or "")
 
 
 def _template_path(name: str) -> Path:
@@ -139,6 +150,14 @@ def _compile(source: str, path: Path) -> Template:
         return environment.from_string(source)
     except TemplateError as error:
         raise InputError(f"{path}: not a valid Jinja template ({error})") from None
+
+
+def added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and after any text: BOS, EOS, [CLS], [SEP], or none."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids, is_added = encoded["input_ids"], encoded["special_tokens_mask"]
+    first, last = is_added.index(0), len(ids) - is_added[::-1].index(0)
+    return ids[:first], ids[last:]
 
 
 def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:

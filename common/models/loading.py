@@ -18,7 +18,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.utils import cached_file
 
 from common.alignment import TokenDecoder
 from common.config import LoraOptions, ModelOptions
@@ -29,6 +31,7 @@ from common.models.kernels import apply_liger, check_attention, check_liger, che
 from common.models.quantization import check_quantization, is_packed, quantization_config, unpacked_state
 
 ADAPTER_FOLDER = "adapter"
+TOKENIZER_FILE = "tokenizer.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -55,17 +58,28 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, pad_token: str = 
 
 
 def load_fast_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer under `path`, a folder or hub name; raises `InputError` where it is missing or has no offsets."""
+    """The tokenizer under `path`, a folder or hub name; raises `InputError` where it is missing or has no offsets.
+
+    With mistral-common installed, transformers gives Mistral models a backend of another kind; of those the folder's
+    tokenizer.json is used, where there is one.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if not hasattr(tokenizer, "is_fast") and _has_file(path, TOKENIZER_FILE):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise InputError(f"{path}: cannot load a tokenizer ({_reason(path, error)})") from error
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"{path}: {type(tokenizer).__name__} has no fast version, so its tokens have no character offsets; "
             "choose a model with a tokenizer.json, or convert it with transformers.convert_slow_tokenizer"
         )
     return tokenizer
+
+
+def _has_file(path: str, name: str) -> bool:
+    """Whether the folder or hub repository `path` holds a file."""
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False) is not None
 
 
 def load_model_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -72,4 +72,4 @@ def test_chat_template_wraps_the_plain_rendering() -> None:
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}<eos>"
     made = PromptBuilder(tokenizer, "chat", 400, 3)
     ids = made.ids(searches("hat"))
-    assert tokenizer.decode(ids) == "[user]" + made.text(searches("hat")) + "<eos>"
+    assert tokenizer.decode(ids) == "[user]" + made.text(searches("hat"))  # EOS would end the answer

@@ -7,7 +7,15 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GenerationConfig
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from common.config import LoraOptions, ModelOptions
 from common.errors import InputError
@@ -18,6 +26,7 @@ from common.models.loading import (
     check_vocabulary,
     end_token_ids,
     load_causal_lm,
+    load_fast_tokenizer,
     load_model_config,
     load_tokenizer,
     save_model_folder,
@@ -25,6 +34,10 @@ from common.models.loading import (
 from tests.tiny_models import ordinary_tokenizer, tiny_llama
 
 IDS = torch.tensor([[5, 6, 7, 8, 30, 31], [12, 13, 14, 15, 16, 17]])
+
+
+class BackendWithoutOffsets(PreTrainedTokenizerBase):
+    """What transformers' MistralCommonBackend has of a tokenizer: no `is_fast`, no `tokenizers` library behind it."""
 
 
 def save_tokenizer(folder, tokenizer=None, **special):
@@ -88,6 +101,19 @@ class TestTokenizer:
         monkeypatch.setattr(type(slow), "is_fast", False)
         with pytest.raises(InputError, match="no fast version"):
             load_tokenizer(save_tokenizer(tmp_path, slow))
+
+    def test_a_backend_of_another_kind_gives_way_to_the_folders_file(self, tmp_path, monkeypatch):
+        path = save_tokenizer(tmp_path)
+        expected = load_tokenizer(path)
+        # As transformers answers for a Mistral folder when mistral-common is installed.
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: BackendWithoutOffsets())
+        for loaded in (load_tokenizer(path), load_fast_tokenizer(path)):
+            assert loaded.is_fast and loaded.get_vocab() == expected.get_vocab()
+            assert loaded("red hat, café 北京")["input_ids"] == expected("red hat, café 北京")["input_ids"]
+            assert (loaded.eos_token_id, loaded.pad_token_id) == (0, 1)
+        (tmp_path / "tokenizer.json").unlink()
+        with pytest.raises(InputError, match=r"BackendWithoutOffsets has no fast version.*tokenizer\.json"):
+            load_tokenizer(path)
 
     def test_a_decoder_that_cannot_be_traced(self, tmp_path):
         path = save_tokenizer(tmp_path)
