@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.config import MAX_SEED, option, parse_config
+from common.errors import run_command
 
 # What becomes of a request: an HTTP failure, an answer without content, or an answer whose content does not fit.
 HTTP_FAULTS = ("429", "500", "slow", "cut", "broken_body", "no_choices")
@@ -258,7 +259,12 @@ def _head(status: int, length: int, headers: dict[str, str] | None = None) -> by
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
-async def _main(config: ServerConfig) -> None:
+def main() -> None:
+    """Serve until the process is ended."""
+    asyncio.run(_serve_forever(parse_config(ServerConfig)))
+
+
+async def _serve_forever(config: ServerConfig) -> None:
     endpoint = Endpoint(
         choose=random_faults(config.fault_rate, config.seed), slots=config.slots, seconds=config.seconds,
         slow_seconds=config.slow_seconds, retry_after=config.retry_after, keep=False,
@@ -269,4 +275,4 @@ async def _main(config: ServerConfig) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(parse_config(ServerConfig)))
+    run_command(main)

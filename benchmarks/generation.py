@@ -27,6 +27,7 @@ from benchmarks.measuring import alternating, median_ratio, on_ranks, read_switc
 from benchmarks.models import query_tokenizer, random_llama
 from common.engine import distributed
 from common.engine.hybrid import HybridEngine
+from common.errors import run_command
 from common.generation.sampling import Sampling
 
 RUNS = 5
@@ -145,4 +146,4 @@ def _left_padded(prompts: Prompts, pad: int, device: torch.device) -> tuple[torc
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

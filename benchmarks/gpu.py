@@ -26,6 +26,7 @@ from benchmarks.measuring import on_ranks, read_switches, save
 from benchmarks.models import query_tokenizer, random_llama
 from benchmarks.step3 import Shape, prepare, tppo_steps
 from common.engine.memory import cache_bytes
+from common.errors import run_command
 from common.generation.sampling import Sampling, uniform_table
 from common.generation.step import DecodeStep
 
@@ -97,4 +98,4 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -26,6 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.measuring import RESULTS, save
+from common.errors import run_command
 from common.evaluation.statistics import t_estimate
 from common.tracking import read_metrics
 
@@ -96,4 +97,4 @@ def draw(found: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -35,6 +35,7 @@ from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.engine import distributed
 from common.engine.accumulation import accumulate
+from common.errors import run_command
 from common.files import read_json
 from common.generation.sampling import Sampling
 from common.models.loading import load_tokenizer
@@ -231,4 +232,4 @@ def _described(case: Case) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.measuring import RESULTS, on_ranks, read_switches, save
 from benchmarks.step3 import SHAPE, Shape, prepare, tppo_steps
+from common.errors import run_command
 
 RANKS, STAGE, STEPS = 2, 3, 2
 WIDTHS = {128: 4, 256: 6, 384: 8}  # and layers
@@ -76,4 +77,4 @@ def draw(found: dict[str, list[dict[str, Any]]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

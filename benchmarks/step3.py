@@ -35,6 +35,7 @@ from common.data.prompts import PromptBuilder
 from common.data.records import Example, Record
 from common.data.simulator import SimulatorConfig, simulate
 from common.engine import distributed
+from common.errors import run_command
 from common.files import write_jsonl
 from common.models.loading import load_tokenizer
 from common.tracking import read_metrics
@@ -187,4 +188,4 @@ def _prompts(tokenizer: PreTrainedTokenizerBase, shape: Shape) -> PromptBuilder:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

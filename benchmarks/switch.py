@@ -28,6 +28,7 @@ from common.engine.adapters import merged_adapters
 from common.engine.hybrid import HybridEngine
 from common.engine.memory import gathered_bytes
 from common.engine.offload import resting_optimizers
+from common.errors import run_command
 from common.models.loading import apply_lora
 
 SWITCHES = 21
@@ -123,4 +124,4 @@ def forget_peak() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.output import prepare_output
+from common.private import only_mine
 
 DEBUG_FLAG = "--debug"
 RUN_CONFIG_NAME = "run_config.json"  # marks a folder as one run's
@@ -116,7 +117,7 @@ def keep_traceback(text: str, rank: str) -> str:
         if folder is None or not (Path(folder) / RUN_CONFIG_NAME).is_file():
             folder = tempfile.mkdtemp(prefix="tppo_")
         path = Path(folder) / f"traceback_rank{rank}.txt"
-        with path.open("a", encoding="utf-8") as stream:
+        with open(path, "a", encoding="utf-8", opener=only_mine) as stream:  # an error may quote users
             stream.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC  {' '.join(sys.argv)}\n{text}\n")
     except OSError as error:  # the disk may be what failed
         print(text, end="", file=sys.stderr)

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from common.errors import RUN_CONFIG_NAME, InputError
 from common.inputs import Inputs, input_digests
+from common.private import only_mine
 
 INPUT_DIGESTS = "input_digests"  # key of a run's settings file
 
@@ -39,11 +40,6 @@ def atomic_write(path: str | Path, private: bool = False) -> Iterator[IO[str]]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def only_mine(path: str, flags: int) -> int:
-    """An `opener` for `open` whose new files nobody else may read."""
-    return os.open(path, flags, 0o600)
 
 
 def write_json(path: str | Path, value: Any, private: bool = False) -> None:
@@ -116,10 +112,10 @@ def mend_last_line(path: str | Path, row_start: bytes) -> None:
 
     A last line without its line break was being written when a run was killed: half of a row is cut off, a whole one
     gets its line break. Raises `InputError`, and leaves the file alone, if the line is no part of such a row.
+    Nobody but its owner may read the file afterwards.
     """
     path = Path(path)
-    path.touch(mode=0o600)
-    with path.open("rb+") as stream:
+    with open(path, "ab+", opener=only_mine) as stream:
         line = _after_last_break(stream)
         if line[: len(row_start)] != row_start[: len(line)]:
             raise InputError(f"{path}: the last line is none of this project's rows; choose another file")

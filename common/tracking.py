@@ -11,7 +11,8 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from common.files import atomic_write, only_mine, read_jsonl
+from common.files import atomic_write, read_jsonl
+from common.private import MODE, only_mine
 from common.progress import is_main_process
 
 
@@ -75,7 +76,12 @@ class Tracker:
         self._profiles = MetricsFile(Path(output_dir) / "profiles.jsonl", first_step)
         if tensorboard:
             # purge_step hides the points that a killed run wrote after the checkpoint we resume from.
-            self._writer = SummaryWriter(str(Path(output_dir) / "tensorboard"), purge_step=first_step or None)
+            folder = Path(output_dir) / "tensorboard"
+            self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+            # Images show responses, and TensorBoard's own files take the umask.
+            self._writer.flush()
+            for events in folder.glob("events.out.tfevents.*"):
+                events.chmod(MODE)
             if layout:
                 self._writer.add_custom_scalars(layout)
 

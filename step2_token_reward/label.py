@@ -47,6 +47,7 @@ from common.feedback.llm.options import EndpointOptions
 from common.feedback.load import open_annotator
 from common.feedback.names import ANNOTATORS, LLM, LLM_TEMPLATE, OWN, check_annotator_name
 from common.files import mend_last_line
+from common.private import only_mine
 
 _LABEL_START = b'{"id": '
 
@@ -143,13 +144,13 @@ def label_samples(samples: Samples, labels_path: Path, annotator: Annotator | Ba
     missing = missing_samples(samples, labels_path, annotator)
     items = [sample_item(sample) for sample in missing]
     quarantine_path(labels_path).unlink(missing_ok=True)
-    with labels_path.open("a", encoding="utf-8") as stream:
+    with open(labels_path, "a", encoding="utf-8", opener=only_mine) as stream:
 
         def done(place: int, result: Annotation | Unlabelled) -> None:
             if isinstance(result, Annotation):
                 _append(stream, label_row(missing[place], annotator.name, result))
                 return
-            with quarantine_path(labels_path).open("a", encoding="utf-8") as quarantine:
+            with open(quarantine_path(labels_path), "a", encoding="utf-8", opener=only_mine) as quarantine:
                 _append(quarantine, quarantine_row(missing[place], annotator.name, result))
 
         annotate_all(annotator, items, done, progress="label", before=len(samples) - len(missing))

@@ -21,6 +21,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from common.files import digest, read_json, write_json
+from common.output import tolerate_characters
+from common.private import only_mine
 
 DONE_NAME = "done.json"
 POLL_SECONDS = 0.2
@@ -140,9 +142,10 @@ def run_job(job: Job, study_folder: str, fingerprint: str) -> None:
     # What a killed run or other settings left is not to be gone on with: labels, say, of samples that are made anew.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    log = only_mine(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    tolerate_characters()  # the folder's name is printed before a command's own preparation
     os.environ["MASTER_PORT"] = str(_free_port())
     begun = time.monotonic()
     for module, flags in job.commands:

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
 from common.errors import InputError
+from common.feedback.llm.answers import AnswerStore
 from common.files import (
     RUN_CONFIG_NAME,
     atomic_write,
@@ -19,6 +21,7 @@ from common.files import (
     write_jsonl,
 )
 from common.inputs import _block_starts, content_digest
+from common.private import only_mine
 from common.tracking import StepFile
 
 
@@ -151,12 +154,17 @@ def test_a_folder_that_is_a_link_is_emptied_and_stays_one(tmp_path: Path) -> Non
     assert read_json(disk / RUN_CONFIG_NAME) == {"a": 2} and (other / "kept").is_file()
 
 
-def test_what_quotes_users_is_for_its_owner_alone_and_settings_take_the_umask(tmp_path: Path) -> None:
-    def mode(name: str) -> str:
-        return oct((tmp_path / name).stat().st_mode & 0o777)
-
-    (tmp_path / "rows.jsonl").touch(mode=0o644)  # from before
-    umask = os.umask(0o022)
+@pytest.mark.parametrize("umask", [0o022, 0o000, 0o077])
+@pytest.mark.parametrize("from_before", [False, True])
+def test_what_quotes_users_is_for_its_owner_alone_and_settings_take_the_umask(
+    from_before: bool, umask: int, tmp_path: Path
+) -> None:
+    """Whether a file is new, replaced or appended to, and whatever rights it had."""
+    names = ["rows.jsonl", "report.json", "labels.jsonl", "steps_True.jsonl", "answers.jsonl", "opened.jsonl"]
+    if from_before:
+        for name in names:
+            (tmp_path / name).touch(mode=0o644)
+    usual = os.umask(umask)
     try:
         write_jsonl(tmp_path / "rows.jsonl", [{}])
         write_json(tmp_path / "report.json", {}, private=True)
@@ -164,8 +172,26 @@ def test_what_quotes_users_is_for_its_owner_alone_and_settings_take_the_umask(tm
         for private in (True, False):
             StepFile(tmp_path / f"steps_{private}.jsonl", private=private).append(0, {})
             StepFile(tmp_path / f"steps_{private}.jsonl", 1, private).append(1, {})
+        AnswerStore(tmp_path / "answers.jsonl").__exit__()
+        with open(tmp_path / "opened.jsonl", "a", opener=only_mine) as stream:
+            assert mode(tmp_path / "opened.jsonl") == 0o600  # before a word is written
+            stream.write("{}")
         write_json(tmp_path / "settings.json", {})
     finally:
-        os.umask(umask)
-    assert {mode(name) for name in ("rows.jsonl", "report.json", "labels.jsonl", "steps_True.jsonl")} == {"0o600"}
-    assert {mode(name) for name in ("settings.json", "steps_False.jsonl")} == {"0o644"}
+        os.umask(usual)
+    assert {name: mode(tmp_path / name) for name in names} == dict.fromkeys(names, 0o600)
+    shared = {mode(tmp_path / name) for name in ("settings.json", "steps_False.jsonl")}
+    assert shared == {0o666 & ~umask}
+
+
+def test_a_temporary_form_is_private_too(tmp_path: Path) -> None:
+    left = tmp_path / f".report.md.{os.getpid()}.tmp"  # by a process of the same number that was killed
+    left.touch(mode=0o644)
+    with atomic_write(tmp_path / "report.md", private=True) as stream:
+        stream.write("shoes")
+        assert mode(left) == 0o600
+    assert mode(tmp_path / "report.md") == 0o600
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)

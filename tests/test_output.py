@@ -15,11 +15,22 @@ from common.files import read_json
 from common.models.token_reward import load_token_reward_model, load_token_reward_scorer, save_token_reward_model
 from common.models.value_model import load_value_model
 from common.output import hide_known_noise
+from tests import commands
 from tests.models.reward_fixtures import INPUTS, save_tiny
 from tests.tiny_models import ordinary_tokenizer
 
 BOLD, PLAIN = "\033[1m", "\033[0m"
 HEADER = "Key | Status |\n----+--------+\n"
+
+
+WITHOUT_THE_PROJECT = {"benchmarks.trl_rloo"}  # runs in an environment of its own, and prints numbers alone
+
+
+@pytest.mark.parametrize("module", sorted({*commands.modules(), "pipeline.main"} - WITHOUT_THE_PROJECT))
+def test_every_command_tolerates_characters_that_its_output_lacks(module: str) -> None:
+    """`run_command` sees to it (tests/test_errors.py); a command that calls its `main` itself ends at the first one."""
+    end = commands.source(module).partition('if __name__ == "__main__":')[2]
+    assert "run_command(" in end or "run_rank_command(" in end
 
 
 def report(model: str, *rows: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from common.errors import InputError
 from common.files import read_jsonl
+from common.private import only_mine
 
 
 class PartialOutput:
@@ -27,7 +28,7 @@ class PartialOutput:
     def __init__(self, output: str | Path, settings: dict[str, Any], total_rows: int, part_rows: int) -> None:
         self.path = Path(output).with_name(f".{Path(output).name}.partial.jsonl")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "a+b")
+        self._file = os.fdopen(only_mine(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "a+b")
         try:
             self._lock()
             self._begin(json.loads(json.dumps(settings)))

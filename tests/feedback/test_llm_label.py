@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -130,6 +131,8 @@ def test_samples_in_quarantine_are_left_out_of_training_and_tried_again(
         label(monkeypatch, samples, url)
         assert "quarantined: 1 of 60 samples (1.67%) have no valid answer" in capsys.readouterr().out
         assert read_quarantine(labels, read_samples(samples)) == {"train7#0": "HTTP 500: out of memory"}
+        files = (labels, quarantine_path(labels), labels.with_name("labels.answers.jsonl"))
+        assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
         pairs = read_labels(samples, labels)
         assert len(pairs) == 59 and "train7#0" not in [row["id"] for row, _ in pairs]
         broken.choose = lambda *_: RIGHT

@@ -72,6 +72,30 @@ def test_what_is_wrong_is_one_message_before_anything_begins(
     assert not list(script.folder.iterdir())
 
 
+def assert_private_where_users_are_quoted(run: Path) -> None:
+    """Every file that holds a query of the log, of several words, is its owner's alone; so are images."""
+    events = [event for line in (run / "log" / "sessions.jsonl").open() for event in json.loads(line)["events"]]
+    queries = {event["query"] for event in events if event["type"] == "search" and " " in event["query"]}
+    pattern = re.compile("|".join(map(re.escape, queries)).encode())
+    weights = (".safetensors", ".pt", ".pth")
+    files = [path for path in run.rglob("*") if path.is_file() and path.suffix not in weights]
+    quoting = {path for path in files if pattern.search(path.read_bytes())}
+    quoting |= set((run / "step3_tppo" / "tensorboard").iterdir())
+    shared = [str(path.relative_to(run)) for path in quoting if path.stat().st_mode & 0o077]
+    assert not shared
+    names = {path.name for path in quoting}
+    assert {"sessions.jsonl", "train.jsonl", "samples.jsonl", "report.md", "report.html"} <= names
+    # What names users, or a longer trained model could quote them in.
+    others = ("log/truth.jsonl", "step2_token_reward/labels.jsonl", "report.json", "generations/sft_sampled.jsonl")
+    assert [(run / name).stat().st_mode & 0o777 for name in others] == [0o600] * 4
+    assert (run / "step3_tppo" / "metrics.jsonl").stat().st_mode & 0o044 == 0o044 & ~current_umask()
+
+
+def current_umask() -> int:
+    os.umask(umask := os.umask(0))
+    return umask
+
+
 @pytest.mark.distributed
 @pytest.mark.timeout(2400)
 def test_a_run_in_miniature_from_step_3_alone_to_the_report(script: Callable[..., Ran[str]]) -> None:
@@ -111,6 +135,7 @@ def test_a_run_in_miniature_from_step_3_alone_to_the_report(script: Callable[...
     assert set(json.loads((run / "report.json").read_text())["systems"]) >= {"sft", "tppo"}
     assert (run / "report.html").is_file() and (run / "report.md").is_file()
     assert sorted(path.name for path in script.folder.iterdir()) == ["outputs"]
+    assert_private_where_users_are_quoted(run)
 
     # The same models as inputs of the user's own, with settings of his own, into a folder of his own.
     mine = [

@@ -77,6 +77,7 @@ def test_tensorboard_has_the_images_and_the_questions_in_their_order(tmp_path: P
     events.Reload()
     (image,) = events.Images("samples")
     assert image.step == 20 and image.width > 800
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "tensorboard").iterdir()} == {0o600}
     layout = Layout.FromString(events.Tensors(metadata.CONFIG_SUMMARY_TAG)[0].tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == list(QUESTIONS)
     tags = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]

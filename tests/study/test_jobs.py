@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from study.jobs import Job, JobRunner, StudyFailed, fingerprints, needed_jobs, shell_line
+from tests.commands import ROOT
 
 MODULE = "tests.study.job_that_writes"
 
@@ -44,6 +48,19 @@ def test_a_failure_stops_what_follows_and_a_second_run_goes_on(tmp_path: Path) -
     marks = fingerprints(jobs)
     runner.run(needed_jobs(jobs, lambda job: job.name == "c", lambda job: runner.is_done(job, marks[job.name])), marks)
     assert written.read_text().split() == ["first", "second", "third"]
+
+
+def test_a_job_logs_a_folder_that_its_output_cannot_spell_for_its_owner_alone(tmp_path: Path) -> None:
+    folder, written = tmp_path / "исследование", tmp_path / "written.txt"
+    job = Job("a", ((MODULE, (str(written), f"{folder.name}")),))
+    # A job's process takes the encoding of the study's, and its rights.
+    code = f"import os; os.umask(0); from study.jobs import *; run_job({job!r}, {str(folder)!r}, 'mark')"
+    settings = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=False)
+    log = folder / "a" / "log.txt"
+    assert ended.returncode == 0, log.read_text(encoding="latin-1")
+    assert "\\u0438\\u0441\\u0441" in log.read_text(encoding="latin-1") and log.stat().st_mode & 0o777 == 0o600
+    assert written.read_text(encoding="utf-8") == "исследование\n"
 
 
 def test_needed_jobs_are_the_wanted_ones_and_what_they_read() -> None:

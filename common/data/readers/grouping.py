@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from common.private import only_mine
+
 ROWS_IN_MEMORY = 2_000_000
 
 Row = tuple[str, str, float]
@@ -29,7 +31,7 @@ def group_rows(
     with tempfile.TemporaryDirectory(prefix="grouping-") as folder:
         paths = [Path(folder) / f"{number}.jsonl" for number in range(partitions)]
         with ExitStack() as stack:
-            streams = [stack.enter_context(path.open("w", encoding="utf-8")) for path in paths]
+            streams = [stack.enter_context(open(path, "w", encoding="utf-8", opener=only_mine)) for path in paths]
             for row in rows:
                 streams[zlib.crc32(row[0].encode()) % partitions].write(json.dumps(row) + "\n")
         for path in paths:

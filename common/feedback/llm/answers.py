@@ -11,6 +11,7 @@ from typing import Any
 
 from common.errors import InputError
 from common.files import mend_last_line
+from common.private import only_mine
 
 _ROW_START = b'{"key": "'
 _KEY_DIGITS = 32
@@ -29,7 +30,7 @@ class AnswerStore:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._file = only_mine(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
