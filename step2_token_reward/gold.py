@@ -43,8 +43,8 @@ class GoldConfig:
 def main() -> None:
     """Write the table and say what to do with it."""
     config = parse_config(GoldConfig)
-    if not config.samples or not config.gold.endswith(SUFFIX) or config.count < 1:
-        raise InputError("--samples and --gold are needed, --gold ending in .tsv, and --count must be at least 1")
+    if not config.samples or not config.gold.endswith(SUFFIX):
+        raise InputError("--samples and --gold are needed, --gold ending in .tsv")
     if Path(config.gold).exists():
         raise InputError(f"{config.gold} exists, and may hold labels; choose another name")
     samples = read_samples(config.samples)

@@ -112,8 +112,6 @@ def check_config(config: LabelConfig) -> None:
     if not config.samples or not config.labels:
         raise InputError("--samples and --labels are needed: the file to label and the file for the labels")
     check_annotator_name(config.annotator, "annotator", known=(*ANNOTATORS, LLM))
-    if not 0 < config.share <= 1:
-        raise InputError(f"--share must lie above 0 and at most at 1, not {config.share}")
     if config.dry_run and config.annotator != LLM:
         raise InputError("--dry_run is for the annotator llm: the others ask nobody")
 

@@ -22,7 +22,6 @@ def test_every_variant_and_both_together_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_r": -1}, "--lora_r is the rank"),
         ({"lora_dora": True}, "--lora_dora is for adapters and there are none; add --lora_r"),
         ({"lora_rslora": True}, "--lora_rslora is for adapters"),
         (QLORA | {"lora_r": 0}, "adapters must learn; add --lora_r"),

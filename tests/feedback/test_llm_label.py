@@ -168,7 +168,7 @@ def test_a_share_is_the_same_share_in_every_run(samples: Path, monkeypatch: pyte
     [
         (["--annotator", "lexical"], "asks no language model: --base_url and --model are for 'llm'"),
         (["--truth", "truth.jsonl"], "annotator 'llm' takes neither --truth nor --word_error_rate"),
-        (["--share", "0"], "--share must lie above 0"),
+        (["--share", "0"], "--share must be above 0, not 0.0"),
         (["--template", "nowhere"], "template 'nowhere' is neither a file nor one of"),
         (["--base_url", "http://8.8.8.8/v1"], "Add --allow_remote"),
     ],
