@@ -38,12 +38,10 @@ class SaveFailed(RuntimeError):
 
 
 class Preempted(RuntimeError):
-    """A scheduler asked the run to stop; it was saved after `step` and can go on."""
+    """A scheduler asked the run to stop; `saved` names what is kept, from which it can go on."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(
-            f"asked to by a signal; saved after step {step}, the same command with --resume goes on from there"
-        )
+    def __init__(self, saved: str) -> None:
+        super().__init__(f"asked to by a signal; {saved}, the same command with --resume goes on from there")
 
 
 def one_line(error: BaseException | str, length: int = 300) -> str:

@@ -27,9 +27,10 @@ from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.engine import distributed
+from common.engine.preemption import Preemption
 from common.engine.run_date import DATE_KEY, date_record, run_date
 from common.engine.watchdog import WAITING, Watchdog
-from common.errors import run_rank_command
+from common.errors import Preempted, run_rank_command
 from common.files import claim_output_dir, read_jsonl, write_jsonl
 from common.generation.decode import CountEnded, check_decodable
 from common.generation.generate import Generated, generate_responses
@@ -46,7 +47,7 @@ BATCHES_PER_PART = 4  # rows that end make way for others, but only within a par
 
 
 def main() -> None:
-    """Write `<output_dir>/samples.jsonl`."""
+    """Write `<output_dir>/samples.jsonl`. Raises `Preempted` after a signal; complete parts are kept."""
     config = settle_dtype(parse_config(SampleConfig))
     check_config(config)
     device = distributed.start(config.hang_timeout)
@@ -69,11 +70,14 @@ def main() -> None:
     total = sum(len(parts[number]) for number in mine) * config.samples_per_prompt
     with (
         Watchdog(config.output_dir, config.hang_timeout) as watchdog,
+        Preemption() as preemption,
         progress(total=total, desc="sampling", unit="response") as bar,
     ):
         for number in mine:
 
             def count_ended(count: int, part: int = number) -> None:
+                if preemption.requested_here():
+                    raise Preempted("the parts that were complete are saved")
                 watchdog.phase("sampling", part)
                 bar.update(count)
 

@@ -116,7 +116,7 @@ class TPPOTrainer:
                     if last or asked or (step + 1) % self._config.save_steps == 0:
                         self._save(step + 1)
                     if asked and not last:
-                        raise Preempted(step + 1)
+                        raise Preempted(f"saved after step {step + 1}")
         finally:
             bar.close()
             tracker.close()

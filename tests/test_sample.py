@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from collections import Counter
 from datetime import date
 from typing import Any, ClassVar
@@ -12,7 +14,7 @@ import pytest
 
 from common.data.prompts import PromptBuilder
 from common.data.records import Event, Example
-from common.errors import InputError
+from common.errors import InputError, Preempted
 from common.feedback.labels import read_samples
 from common.files import write_jsonl
 from common.text import split_queries, split_words
@@ -138,6 +140,27 @@ def test_two_ranks_and_a_restart_write_the_same_samples(folders):
     expected = (folders / "one" / "samples.jsonl").read_bytes()
     assert run_on_ranks(run_main, 2, arguments(folders, "two")) == ["", ""]
     assert (folders / "two" / "samples.jsonl").read_bytes() == expected
+
+
+def test_a_signal_ends_sampling_and_keeps_the_parts_that_are_complete(folders, monkeypatch):
+    assert run_here(arguments(folders, "whole")) == ""
+    real = sample.sample_part
+
+    def signalled_in_the_third_part(examples, number, *rest):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return real(examples, number, *rest)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(sample, "sample_part", signalled_in_the_third_part)
+    with pytest.raises(Preempted, match="the parts that were complete are saved, the same command with --resume"):
+        run_here(arguments(folders, "out"))
+    assert signal.getsignal(signal.SIGUSR1) is before
+    assert [part.name for part in sorted((folders / "out" / "parts").iterdir())] == ["000000.jsonl", "000001.jsonl"]
+    monkeypatch.setattr(sample, "sample_part", real)
+    assert run_here([*arguments(folders, "out"), "--resume"]) == ""
+    whole, found = (folders / name / "samples.jsonl" for name in ("whole", "out"))
+    assert found.read_bytes() == whole.read_bytes()
 
 
 def test_a_killed_run_goes_on_with_the_parts_that_are_missing(folders, monkeypatch):

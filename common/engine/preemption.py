@@ -30,6 +30,10 @@ class Preemption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def requested_here(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self._asked
+
     def requested(self) -> bool:
         """Whether any rank was asked to stop; the same answer on all. Call on all ranks."""
         return true_on_any_rank(self._asked)

@@ -73,7 +73,7 @@ class RecipeTrainer(Trainer):
             result = super().train(*arguments, **settings)
             self.remove_callback(stop)
         if stop.asked and self.state.global_step < self.state.max_steps:
-            raise Preempted(self.state.global_step)
+            raise Preempted(f"saved after step {self.state.global_step}")
         return result
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
