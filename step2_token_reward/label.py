@@ -12,6 +12,7 @@ with the reason; the next run tries it again.
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -136,14 +137,16 @@ def missing_samples(samples: Samples, labels_path: Path, annotator: Annotator | 
 def label_samples(samples: Samples, labels_path: Path, annotator: Annotator | BatchAnnotator) -> None:
     """Append a label for each sample that has none, or put it into quarantine.
 
-    Raises `InputError` if the labels there are not of this run, and before any sample is labelled if one is malformed.
+    Raises `InputError` if the labels there are not of this run, if another process is writing them, and before any
+    sample is labelled if one is malformed.
     """
     labels_path.parent.mkdir(parents=True, exist_ok=True)
-    mend_last_line(labels_path, _LABEL_START)
-    missing = missing_samples(samples, labels_path, annotator)
-    items = [sample_item(sample) for sample in missing]
-    quarantine_path(labels_path).unlink(missing_ok=True)
     with open(labels_path, "a", encoding="utf-8", opener=only_mine) as stream:
+        _lock(stream, labels_path)
+        mend_last_line(labels_path, _LABEL_START)
+        missing = missing_samples(samples, labels_path, annotator)
+        items = [sample_item(sample) for sample in missing]
+        quarantine_path(labels_path).unlink(missing_ok=True)
 
         def done(place: int, result: Annotation | Unlabelled) -> None:
             if isinstance(result, Annotation):
@@ -153,6 +156,14 @@ def label_samples(samples: Samples, labels_path: Path, annotator: Annotator | Ba
                 _append(quarantine, quarantine_row(missing[place], annotator.name, result))
 
         annotate_all(annotator, items, done, progress="label", before=len(samples) - len(missing))
+
+
+def _lock(stream: IO[str], path: Path) -> None:
+    """Two processes would label each sample twice; the lock ends with the process that holds it."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{path}: another process is writing here; wait for it, or give another --labels") from None
 
 
 def describe_calls(annotator: LLMAnnotator, items: Sequence[FeedbackItem]) -> str:
