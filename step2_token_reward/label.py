@@ -12,7 +12,6 @@ with the reason; the next run tries it again.
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -47,7 +46,7 @@ from common.feedback.llm.model import Question
 from common.feedback.llm.options import EndpointOptions
 from common.feedback.load import open_annotator
 from common.feedback.names import ANNOTATORS, LLM, LLM_TEMPLATE, OWN, check_annotator_name
-from common.files import mend_last_line
+from common.files import lock, mend_last_line
 from common.private import only_mine
 
 _LABEL_START = b'{"id": '
@@ -142,7 +141,7 @@ def label_samples(samples: Samples, labels_path: Path, annotator: Annotator | Ba
     """
     labels_path.parent.mkdir(parents=True, exist_ok=True)
     with open(labels_path, "a", encoding="utf-8", opener=only_mine) as stream:
-        _lock(stream, labels_path)
+        lock(stream, labels_path, "give another --labels")  # or each sample would be labelled twice
         mend_last_line(labels_path, _LABEL_START)
         missing = missing_samples(samples, labels_path, annotator)
         items = [sample_item(sample) for sample in missing]
@@ -156,14 +155,6 @@ def label_samples(samples: Samples, labels_path: Path, annotator: Annotator | Ba
                 _append(quarantine, quarantine_row(missing[place], annotator.name, result))
 
         annotate_all(annotator, items, done, progress="label", before=len(samples) - len(missing))
-
-
-def _lock(stream: IO[str], path: Path) -> None:
-    """Two processes would label each sample twice; the lock ends with the process that holds it."""
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{path}: another process is writing here; wait for it, or give another --labels") from None
 
 
 def describe_calls(annotator: LLMAnnotator, items: Sequence[FeedbackItem]) -> str:
