@@ -6,6 +6,7 @@ take the umask, so that they can be shared.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -154,6 +155,19 @@ def digest(*parts: str) -> str:
         hasher.update(f"{len(data)}:".encode())
         hasher.update(data)
     return hasher.hexdigest()[:16]
+
+
+def lock(file: int | IO[Any], path: str | Path, remedy: str) -> None:
+    """Keep other processes from `path`, which is open as `file`, until this one closes it or ends.
+
+    Raises `InputError`, with the remedy, where another process holds it. A file system without locks is told of.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{path}: another process is writing here; wait for it, or {remedy}") from None
+    except OSError as error:
+        print(f"note: {path} cannot be locked ({error.strerror}): start no second command that writes here")
 
 
 def claim_output_dir(

@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from common.config import parse_config
 from common.errors import DEBUG_FLAG, InputError, run_command
-from common.files import empty_folder
+from common.files import empty_folder, lock
 from pipeline.hardware import find_hardware
 from pipeline.options import (
     OF_A_RUN,
@@ -63,10 +64,11 @@ def main() -> None:
     run = Run(options, hardware, models, preset, step, flags)
     wanted = check_any([lambda: wanted_stages(run, step, own)])
     announce(run, wanted, step)
-    make_room(run, step)
-    keep_settings(options)
-    for stage in wanted:
-        run_stage(run.folder, stage)
+    with held(run.folder):
+        make_room(run, step)
+        keep_settings(options)
+        for stage in wanted:
+            run_stage(run.folder, stage)
     if step is None and run_process([sys.executable, "-m", "common.pages.report", "--run", str(run.folder)]):
         print(f"warning: {run.folder}/report.html could not be drawn", file=sys.stderr)
     print(closing_words(run, step))
@@ -184,6 +186,18 @@ def make_room(run: Run, step: int | None) -> None:
     later = [run.folder / name for number, name in STEP_FOLDERS.items() if step and number > step]
     if stale := [str(path) for path in later if path.exists()]:
         print(f"note: {' and '.join(stale)} were made from what is replaced now", flush=True)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The run's folder for this command alone: two would write the same files. Raises `InputError` as `files.lock`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        lock(descriptor, folder, "choose another --run_name")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def claimed_folder(run: Run, step: int | None) -> Path | None:

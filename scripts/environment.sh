@@ -18,6 +18,10 @@ install_requirements() {
         local python
         python="$(command -v python3.11 || command -v python3)" || { echo "error: no python3 found" >&2; exit 2; }
         echo "making the virtual environment $venv with $python"
+        if ! mkdir -p "$venv" 2> /dev/null; then
+            echo "error: $venv cannot be made here; set TPPO_VENV to an environment, or to a folder where one can be" >&2
+            exit 2
+        fi
         # Debian's python3 without its package python3-venv leaves a half-made folder behind.
         if ! "$python" -m venv "$venv" > /dev/null || ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
             rm -rf "$venv"
@@ -35,7 +39,8 @@ install_requirements() {
         fi
         echo "installing $1"
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file"
-        echo "$sum" > "$stamp"
+        # An environment of somebody else's may hold all that is needed and still be read-only.
+        { echo "$sum" > "$stamp"; } 2> /dev/null || echo "warning: $venv is read-only, so that each start installs anew" >&2
     fi
     export PATH="$venv/bin:$PATH"
 }
@@ -100,7 +105,7 @@ launch() {
     esac
     local remote=""
     case " ${launcher[*]} " in
-        *--hostfile*) remote="$(remote_environment)"; [ -z "$remote" ] || export DS_ENV_FILE="$remote" ;;
+        *--hostfile*) remote="$(remote_environment)" || exit 2; [ -z "$remote" ] || export DS_ENV_FILE="$remote" ;;
     esac
     # Ranks are read from the environment, so that flags are the user's alone. In the background, because bash handles
     # signals only between commands.
@@ -122,16 +127,19 @@ launch() {
 }
 
 # remote_environment: a file with what ranks on other hosts must know, as ssh hands on no environment; deepspeed reads it.
-# Nothing secret is in it. No file is made where the user has one (DS_ENV_FILE, .deepspeed_env).
+# Nothing secret is in it. No file is made where the user has one (DS_ENV_FILE, .deepspeed_env). Fails without room for it.
 remote_environment() {
     [ -z "${DS_ENV_FILE:-}" ] && [ ! -f .deepspeed_env ] && [ ! -f ~/.deepspeed_env ] || return 0
-    local file name
-    file="$(mktemp)"
+    local file name text=""
     for name in DS_ACCELERATOR OMP_NUM_THREADS MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ THP_MEM_ALLOC_ENABLE \
         TOKENIZERS_PARALLELISM GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME \
         NCCL_DEBUG NCCL_IB_DISABLE HF_HOME HF_HUB_OFFLINE TPPO_DEBUG; do
-        [ -z "${!name:-}" ] || echo "$name=${!name}" >> "$file"
+        [ -z "${!name:-}" ] || text+="$name=${!name}"$'\n'
     done
+    if ! { file="$(mktemp)" && printf '%s' "$text" > "$file"; } 2> /dev/null; then
+        echo "error: no file can be written in ${TMPDIR:-/tmp}; set TMPDIR to a folder with room" >&2
+        return 2
+    fi
     echo "$file"
 }
 

@@ -46,7 +46,7 @@ from common.feedback.llm.model import Question
 from common.feedback.llm.options import EndpointOptions
 from common.feedback.load import open_annotator
 from common.feedback.names import ANNOTATORS, LLM, LLM_TEMPLATE, OWN, check_annotator_name
-from common.files import mend_last_line
+from common.files import lock, mend_last_line
 from common.private import only_mine
 
 _LABEL_START = b'{"id": '
@@ -135,14 +135,16 @@ def missing_samples(samples: Samples, labels_path: Path, annotator: Annotator | 
 def label_samples(samples: Samples, labels_path: Path, annotator: Annotator | BatchAnnotator) -> None:
     """Append a label for each sample that has none, or put it into quarantine.
 
-    Raises `InputError` if the labels there are not of this run, and before any sample is labelled if one is malformed.
+    Raises `InputError` if the labels there are not of this run, if another process is writing them, and before any
+    sample is labelled if one is malformed.
     """
     labels_path.parent.mkdir(parents=True, exist_ok=True)
-    mend_last_line(labels_path, _LABEL_START)
-    missing = missing_samples(samples, labels_path, annotator)
-    items = [sample_item(sample) for sample in missing]
-    quarantine_path(labels_path).unlink(missing_ok=True)
     with open(labels_path, "a", encoding="utf-8", opener=only_mine) as stream:
+        lock(stream, labels_path, "give another --labels")  # or each sample would be labelled twice
+        mend_last_line(labels_path, _LABEL_START)
+        missing = missing_samples(samples, labels_path, annotator)
+        items = [sample_item(sample) for sample in missing]
+        quarantine_path(labels_path).unlink(missing_ok=True)
 
         def done(place: int, result: Annotation | Unlabelled) -> None:
             if isinstance(result, Annotation):

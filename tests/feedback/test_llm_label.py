@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -18,12 +19,13 @@ from benchmarks.annotator_server import RIGHT, Endpoint
 from common.errors import InputError
 from common.feedback.annotator import check_annotation
 from common.feedback.labels import quarantine_path, read_labels, read_quarantine, read_samples
+from common.feedback.lexical import LexicalAnnotator
 from common.feedback.llm.answers import answer_key
 from common.feedback.llm.client import sampling
 from common.feedback.llm.prompts import load_template
 from common.feedback.llm.schemas import response_format, word_form
 from common.files import write_jsonl
-from step2_token_reward.label import main
+from step2_token_reward.label import label_samples, main
 from tests.feedback.endpoint import MODEL, expected, options, serving
 from tests.labelled_samples import sample
 
@@ -186,6 +188,16 @@ def test_labels_of_another_template_are_not_mixed(samples: Path, monkeypatch: py
         with pytest.raises(InputError, match="one file holds one annotator's labels"):
             label(monkeypatch, samples, url, "--template", "label_terse_v1")
     assert len(endpoint.seen) == 60
+
+
+def test_two_runs_do_not_label_into_one_file(samples: Path) -> None:
+    labels = samples.with_name("labels.jsonl")
+    with labels.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match=r"labels\.jsonl: another process is writing here"):
+            label_samples(read_samples(samples), labels, LexicalAnnotator())
+    label_samples(read_samples(samples), labels, LexicalAnnotator())
+    assert len(read_labels(samples, labels)) == 60
 
 
 def test_a_malformed_sample_is_named_before_anything_is_asked(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:

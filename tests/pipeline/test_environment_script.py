@@ -56,6 +56,36 @@ def test_one_without_pip_that_was_there_is_named_and_left_alone(tmp_path: Path) 
     assert (tmp_path / "venv" / "bin" / "python").exists()
 
 
+def test_one_that_cannot_be_made_is_said_in_one_line(tmp_path: Path) -> None:
+    program(tmp_path, "python3.11", NO_PIP)
+    (tmp_path / "file").touch()  # nothing can be made below it, not even by root
+    place = tmp_path / "file" / "venv"
+    ended = bash("install_requirements requirements.txt", tmp_path, TPPO_VENV=str(place), STATUS="1")
+    assert ended.returncode == 2
+    message = f"error: {place} cannot be made here; set TPPO_VENV to an environment, or to a folder where one can be\n"
+    assert ended.stderr == message
+
+
+def test_one_that_is_complete_and_read_only_is_used(tmp_path: Path) -> None:
+    (tmp_path / "venv").mkdir()
+    program(tmp_path / "venv", "python", "exit 0")
+    (tmp_path / "venv" / ".requirements.txt.installed").mkdir()  # the stamp cannot be written, not even by root
+    ended = bash("install_requirements requirements.txt; echo used", tmp_path, TPPO_VENV=str(tmp_path / "venv"))
+    assert (ended.returncode, ended.stdout) == (0, "installing requirements.txt\nused\n")
+    assert ended.stderr == f"warning: {tmp_path}/venv is read-only, so that each start installs anew\n"
+
+
+def test_many_hosts_need_a_temporary_file(tmp_path: Path) -> None:
+    """Ranks elsewhere would start without what they must know."""
+    (tmp_path / "hosts").touch()
+    program(tmp_path, "deepspeed", "echo started")
+    settings = {"TMPDIR": str(tmp_path / "none"), "HOME": str(tmp_path)}
+    ended = bash("launch deepspeed --hostfile hosts main.py", tmp_path, **settings)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"error: no file can be written in {tmp_path}/none; set TMPDIR to a folder with room\n"
+    assert bash("launch deepspeed --hostfile hosts main.py", tmp_path, HOME=str(tmp_path)).stdout == "started\n"
+
+
 def launched(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """What a stand-in for the deepspeed launcher is given."""
     program(tmp_path, "deepspeed", 'printf "%s\\n" "$@"')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
-from common.files import mend_last_line
+from common.files import lock, mend_last_line
 from common.private import only_mine
 
 _ROW_START = b'{"key": "'
@@ -32,12 +31,10 @@ class AnswerStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = only_mine(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock(self._file, self.path, "give another --answers")
+        except InputError:
             os.close(self._file)
-            raise InputError(
-                f"{self.path}: another process is writing here; wait for it, or give another --answers"
-            ) from None
+            raise
         mend_last_line(self.path, _ROW_START)
         self._places = self._index()
 
