@@ -29,7 +29,7 @@ from common.data.records import Example
 from common.engine import distributed
 from common.engine.preemption import Preemption
 from common.engine.run_date import DATE_KEY, date_record, run_date
-from common.engine.watchdog import WAITING, Watchdog
+from common.engine.watchdog import WAITING, Watchdog, refuse_second_writer
 from common.errors import Preempted, run_rank_command
 from common.files import claim_output_dir, read_jsonl, write_jsonl
 from common.generation.decode import CountEnded, check_decodable
@@ -115,6 +115,7 @@ def cut_into_parts(examples: Sequence[Example], batch_size: int) -> list[Sequenc
 
 def claim(config: SampleConfig, first_day: date) -> None:
     """Make `output_dir` the folder of this run, which began on a day (rank 0 only)."""
+    refuse_second_writer(config.output_dir)
     claim_output_dir(
         config.output_dir, asdict(config) | date_record(first_day), resume=config.resume, overwrite=config.overwrite,
         may_differ=frozenset({"resume", "overwrite", "hang_timeout", DATE_KEY}), inputs=step_inputs(config),

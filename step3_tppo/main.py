@@ -24,6 +24,7 @@ from common.data.records import Example
 from common.engine import distributed
 from common.engine.environment import write_environment
 from common.engine.run_date import DATE_KEY, date_record, run_date
+from common.engine.watchdog import refuse_second_writer
 from common.errors import InputError, run_rank_command
 from common.feedback.load import load_annotator
 from common.files import claim_output_dir, write_json
@@ -82,6 +83,7 @@ def main() -> None:
 
 def claim(config: Step3Config, first_day: date) -> None:
     """Take the output folder for this run, which began on a day, or refuse; note what it runs on."""
+    refuse_second_writer(config.output_dir)
     claim_output_dir(
         config.output_dir,
         dataclasses.asdict(config) | date_record(first_day),

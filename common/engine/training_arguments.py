@@ -14,6 +14,7 @@ from common.engine.deepspeed_config import contradiction, trainer_deepspeed_conf
 from common.engine.environment import write_environment
 from common.engine.trainer import remove_incomplete_checkpoints
 from common.engine.trainer_options import TrainerOptions
+from common.engine.watchdog import refuse_second_writer
 from common.files import claim_output_dir
 from common.inputs import step_inputs
 
@@ -35,6 +36,7 @@ def prepare_output(options: TrainerOptions, facts: Mapping[str, Any] | None = No
     `facts` are recorded beside the settings, for the run to read when it is resumed.
     Raises `InputError` where `claim_output_dir` does.
     """
+    refuse_second_writer(options.output_dir)
     output_dir = claim_output_dir(
         options.output_dir, asdict(options) | dict(facts or {}), resume=options.resume, overwrite=options.overwrite,
         may_differ=MAY_DIFFER | set(facts or ()), inputs=step_inputs(options),

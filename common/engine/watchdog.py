@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -18,8 +19,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from common.engine.distributed import rank, world_size
-from common.errors import HUNG
+from common.errors import HUNG, InputError
 
 FOLDER = "heartbeat"
 WAITING = "wait for the others"  # the phase of a rank that has done its share
@@ -87,6 +90,7 @@ class Watchdog:
         path = self._folder / f"rank{rank()}.json"
         temporary = path.with_suffix(".tmp")
         beat = {"phase": name, "step": step, "since": since, "alive": time.time(), "ended": self._ended.is_set()}
+        beat |= {"host": socket.gethostname(), "pid": os.getpid()}
         with self._writing:
             temporary.write_text(json.dumps(beat))
             temporary.replace(path)
@@ -132,6 +136,29 @@ def silent_ends(output_dir: str | Path, since: float) -> str:
             "checkpoints are whole or absent: the same command with --resume goes on from the last one",
         ]
     )
+
+
+def refuse_second_writer(output_dir: str | Path) -> None:
+    """Raise `InputError` where ranks of another job still write to `output_dir`.
+
+    Such are the ranks that a killed launcher has left behind. Processes of this machine alone can be looked for.
+    """
+    beats = map(_read, (Path(output_dir) / FOLDER).glob("rank*.json"))
+    writers = sorted(beat["pid"] for beat in beats if beat and _still_writes(beat))
+    if writers:
+        pids = " ".join(map(str, writers))
+        raise InputError(f"{output_dir}: another run is still writing here; wait for it, or end it: kill {pids}")
+
+
+def _still_writes(beat: dict[str, Any]) -> bool:
+    if beat["ended"] or beat.get("host") != socket.gethostname() or beat["pid"] == os.getpid():
+        return False
+    try:
+        process = psutil.Process(beat["pid"])
+        # A number may be another process's by now: one that began after the heartbeat is.
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= beat["alive"]
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _read(path: Path) -> dict[str, Any] | None:

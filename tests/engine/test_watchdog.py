@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from common.engine.watchdog import FOLDER, Watchdog, silent_ends
-from common.errors import HUNG
+from common.engine.watchdog import FOLDER, Watchdog, refuse_second_writer, silent_ends
+from common.errors import HUNG, InputError
 from tests.step3.runs import command, environment, ranks_left, write_inputs
 
 HANGS = """
@@ -102,6 +104,40 @@ def test_only_a_rank_that_cannot_speak_for_itself_is_named_afterwards(end: str, 
     lines = silent_ends(tmp_path, begun).splitlines()
     assert [line[:8] for line in lines[1:-1]] == ["  rank 0", "  rank 1"][end != "killed" :]
     assert silent_ends(tmp_path, time.time() + 60) == ""  # heartbeats of an earlier run
+
+
+LIVES = """
+import sys, time
+from common.engine.watchdog import Watchdog
+with Watchdog(sys.argv[1], 100.0) as watchdog:
+    watchdog.phase("update", 7)
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_that_another_run_is_still_writing_is_refused(tmp_path: Path) -> None:
+    """Ranks that a killed launcher left behind go on: a second run beside them would spoil both."""
+    program = [sys.executable, "-c", LIVES, str(tmp_path)]
+    lives = subprocess.Popen(program, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert lives.stdout.readline() == "writing\n"
+    with pytest.raises(InputError, match=rf"another run is still writing here; .* end it: kill {lives.pid}$"):
+        refuse_second_writer(tmp_path)
+    lives.kill()
+    while psutil.Process(lives.pid).status() != psutil.STATUS_ZOMBIE:  # killed, and not waited for yet
+        time.sleep(0.01)
+    refuse_second_writer(tmp_path)
+    lives.communicate()
+    refuse_second_writer(tmp_path)
+    # A number that another process has taken since, another machine's, one that left in good order, and our own.
+    path = tmp_path / FOLDER / "rank0.json"
+    beat = json.loads(path.read_text()) | {"pid": os.getppid(), "alive": time.time()}
+    path.write_text(json.dumps(beat))
+    with pytest.raises(InputError, match=f"kill {os.getppid()}"):
+        refuse_second_writer(tmp_path)
+    for change in ({"alive": 1.0}, {"host": "elsewhere"}, {"ended": True}, {"pid": os.getpid()}):
+        path.write_text(json.dumps(beat | change))
+        refuse_second_writer(tmp_path)
 
 
 @pytest.mark.distributed
