@@ -19,6 +19,7 @@ Config = TypeVar("Config")
 
 
 MAX_SEED = 2**32 - 1  # numpy's
+HANG_TIMEOUT = 1800.0  # seconds; the default of --hang_timeout
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:

@@ -191,8 +191,7 @@ def claim_output_dir(
     if occupied and overwrite:
         empty_folder(path)
     elif occupied and resume:
-        _check_same_run(marker, config, may_differ)
-        _check_same_inputs(marker, input_digests(inputs))
+        _check_same_run(marker, config, may_differ, input_digests(inputs))
         return path
     elif occupied:
         raise InputError(
@@ -213,22 +212,19 @@ def empty_folder(path: str | Path) -> None:
             child.unlink()
 
 
-def _check_same_run(marker: Path, config: dict, may_differ: frozenset[str]) -> None:
-    begun = {key: value for key, value in read_json(marker).items() if key != INPUT_DIGESTS}
+def _check_same_run(marker: Path, config: dict, may_differ: frozenset[str], digests: dict[str, str]) -> None:
+    begun = read_json(marker)
+    read = begun.pop(INPUT_DIGESTS, digests)  # runs of earlier versions have noted none
     wanted = json.loads(json.dumps(config))
-    changed = sorted(
-        key for key in begun.keys() | wanted.keys() if key not in may_differ and begun.get(key) != wanted.get(key)
-    )
-    if changed:
+    if changed := [key for key in _changed(begun, wanted) if key not in may_differ]:
         details = "; ".join(f"{key}: was {begun.get(key)!r}, now {wanted.get(key)!r}" for key in changed)
         raise InputError(f"{marker.parent}: --resume needs the settings the run was begun with, but {details}")
-
-
-def _check_same_inputs(marker: Path, now: dict[str, str]) -> None:
-    begun = read_json(marker).get(INPUT_DIGESTS, now)  # runs of earlier versions have none
-    changed = sorted(name for name in begun.keys() | now.keys() if begun.get(name) != now.get(name))
-    if changed:
+    if changed := _changed(read, digests):
         raise InputError(
             f"{marker.parent}: --resume needs the inputs the run was begun with, but these have changed since: "
             f"{', '.join(changed)}. Put them back, or begin anew with --overwrite or another output folder"
         )
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))

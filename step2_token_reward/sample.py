@@ -15,8 +15,6 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +25,15 @@ from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.engine import distributed
+from common.engine.claim import claim_run
 from common.engine.preemption import Preemption
-from common.engine.run_date import DATE_KEY, date_record, run_date
-from common.engine.watchdog import WAITING, Watchdog, refuse_second_writer
+from common.engine.run_date import date_record, run_date
+from common.engine.watchdog import WAITING, Watchdog
 from common.errors import Preempted, run_rank_command
-from common.files import claim_output_dir, read_jsonl, write_jsonl
+from common.files import read_jsonl, write_jsonl
 from common.generation.decode import CountEnded, check_decodable
 from common.generation.generate import Generated, generate_responses
 from common.generation.sampling import Sampling
-from common.inputs import step_inputs
 from common.models.kernels import settle_dtype
 from common.models.loading import causal_lm_skeleton, check_lengths, check_vocabulary, load_causal_lm, load_tokenizer
 from common.progress import progress
@@ -43,6 +41,7 @@ from step2_token_reward.corruptions import corrupt
 from step2_token_reward.sample_config import SampleConfig, check_config
 
 SPLITS = ("train", "dev")
+MAY_DIFFER = frozenset({"resume", "overwrite", "hang_timeout"})
 BATCHES_PER_PART = 4  # rows that end make way for others, but only within a part
 
 
@@ -58,7 +57,7 @@ def main() -> None:
     first_day = run_date(config.output_dir, config.resume)
     builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries, first_day)
     parts = cut_into_parts(choose_examples(config), config.batch_size)
-    distributed.on_main_first(lambda: claim(config, first_day))
+    distributed.on_main_first(lambda: claim_run(config, MAY_DIFFER, date_record(first_day)))
     output = Path(config.output_dir) / "samples.jsonl"
     if output.exists():
         distributed.on_main_first(lambda: print(f"{output} is complete already", flush=True))
@@ -111,15 +110,6 @@ def cut_into_parts(examples: Sequence[Example], batch_size: int) -> list[Sequenc
     if len(examples) <= size:
         size = batch_size
     return [examples[start : start + size] for start in range(0, len(examples), size)]
-
-
-def claim(config: SampleConfig, first_day: date) -> None:
-    """Make `output_dir` the folder of this run, which began on a day (rank 0 only)."""
-    refuse_second_writer(config.output_dir)
-    claim_output_dir(
-        config.output_dir, asdict(config) | date_record(first_day), resume=config.resume, overwrite=config.overwrite,
-        may_differ=frozenset({"resume", "overwrite", "hang_timeout", DATE_KEY}), inputs=step_inputs(config),
-    )  # fmt: skip
 
 
 def part_path(output: Path, number: int) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import MAX_SEED, ModelOptions, check_numbers, option
+from common.config import HANG_TIMEOUT, MAX_SEED, ModelOptions, check_numbers, option
 from common.errors import InputError
 
 
@@ -36,7 +36,7 @@ class SampleConfig(ModelOptions):
     max_dev_examples: int = option(0, "Take this many dev examples, drawn at random; 0 takes all.")
     batch_size: int = option(32, "Responses a rank decodes at once.", minimum=1)
     hang_timeout: float = option(
-        1800.0, "End the job when no response ends on a rank for so many seconds; 0: never."
+        HANG_TIMEOUT, "End the job when no response ends on a rank for so many seconds; 0: never."
     )
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
-from common.config import LoraOptions, ModelOptions, OptimizerOptions, RunOptions, ZeroOptions, check_numbers, option
+from common.config import (
+    HANG_TIMEOUT,
+    LoraOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RunOptions,
+    ZeroOptions,
+    check_numbers,
+    option,
+)
 from common.engine.adapter_options import check_adapters, check_dora
 from common.errors import InputError
 from common.feedback.names import ANNOTATORS, OWN, check_annotator_name
@@ -164,7 +173,7 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
         minimum=1
     )
     hang_timeout: float = option(
-        1800.0, "End the job when a rank makes no progress in a phase (rollout, update, checkpoint) for so many "
+        HANG_TIMEOUT, "End the job when a rank makes no progress in a phase (rollout, update, checkpoint) for so many "
         "seconds; 0: never."
     )
     sample_steps: int = option(20, "Show sampled responses with each token's reward every so many steps.", minimum=1)

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,13 +21,12 @@ from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.engine import distributed
+from common.engine.claim import claim_run
 from common.engine.environment import write_environment
-from common.engine.run_date import DATE_KEY, date_record, run_date
-from common.engine.watchdog import refuse_second_writer
+from common.engine.run_date import date_record, run_date
 from common.errors import InputError, run_rank_command
 from common.feedback.load import load_annotator
-from common.files import claim_output_dir, write_json
-from common.inputs import step_inputs
+from common.files import write_json
 from common.models.kernels import settle_dtype
 from common.models.loading import check_machine, load_tokenizer
 from common.pages.drawing import draw_or_tell
@@ -44,7 +42,7 @@ from step3_tppo.trainer import TPPOTrainer
 MAY_DIFFER_ON_RESUME = frozenset(
     {
         "output_dir", "resume", "overwrite", "total_steps", "save_steps", "keep_checkpoints", "sample_steps",
-        "tensorboard", "hang_timeout", "plan", DATE_KEY,
+        "tensorboard", "hang_timeout", "plan",
         # How much a pass holds at once changes nothing but rounding.
         "micro_batch_size", "micro_batch_tokens", "scoring_batch_size", "scoring_batch_tokens", "decode_rows",
     }
@@ -83,15 +81,7 @@ def main() -> None:
 
 def claim(config: Step3Config, first_day: date) -> None:
     """Take the output folder for this run, which began on a day, or refuse; note what it runs on."""
-    refuse_second_writer(config.output_dir)
-    claim_output_dir(
-        config.output_dir,
-        dataclasses.asdict(config) | date_record(first_day),
-        resume=config.resume,
-        overwrite=config.overwrite,
-        may_differ=MAY_DIFFER_ON_RESUME,
-        inputs=step_inputs(config, splits=("train",)),
-    )
+    claim_run(config, MAY_DIFFER_ON_RESUME, date_record(first_day), splits=("train",))
     write_environment(config.output_dir, config)
 
 

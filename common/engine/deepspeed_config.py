@@ -77,8 +77,7 @@ def inference_config(options: EngineOptions, *, world_size: int) -> dict[str, An
 
 def zero_stage(options: EngineOptions) -> int:
     """The ZeRO stage that the flags, or the user's own file, ask for."""
-    base = _without_auto(_read(options.deepspeed_config)) if options.deepspeed_config else _common(options)
-    return base.get("zero_optimization", {}).get("stage", 0)
+    return _settings(options).get("zero_optimization", {}).get("stage", 0)
 
 
 def contradiction(path: str, found: Sequence[str]) -> InputError:
@@ -88,9 +87,9 @@ def contradiction(path: str, found: Sequence[str]) -> InputError:
 
 def _base(options: EngineOptions) -> dict[str, Any]:
     """What the flags make, or the user's own file without `auto` and with the flags' precision."""
+    base = _settings(options)
     if not options.deepspeed_config:
-        return _common(options)
-    base = _without_auto(_read(options.deepspeed_config))
+        return base
     precisions = {"bf16": options.dtype == "bf16", "fp16": False}
     contradictions = []
     for name, enabled in precisions.items():
@@ -100,6 +99,11 @@ def _base(options: EngineOptions) -> dict[str, Any]:
     if contradictions:
         raise contradiction(options.deepspeed_config, contradictions)
     return base
+
+
+def _settings(options: EngineOptions) -> dict[str, Any]:
+    """What the flags make, or the user's own file without `auto`."""
+    return _without_auto(_read(options.deepspeed_config)) if options.deepspeed_config else _common(options)
 
 
 def _without_auto(value: dict[str, Any]) -> dict[str, Any]:

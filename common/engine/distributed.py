@@ -19,7 +19,8 @@ from deepspeed.runtime import bf16_optimizer
 from torch.distributed import distributed_c10d
 from transformers.utils import logging as transformers_output
 
-HANG_TIMEOUT = 1800.0  # seconds; the default of --hang_timeout
+from common.config import HANG_TIMEOUT
+
 NO_LIMIT = timedelta(days=7)  # what one rank does alone may take as long as it must
 WATCHDOG_MARGIN = timedelta(minutes=10)  # in which a watchdog notices the hang, names the rank and ends the job
 _MEETINGS = count()

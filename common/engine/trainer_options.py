@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import ModelOptions, OptimizerOptions, RunOptions, ZeroOptions, option
+from common.config import HANG_TIMEOUT, ModelOptions, OptimizerOptions, RunOptions, ZeroOptions, option
 from common.errors import InputError
 
 
@@ -32,7 +32,8 @@ class TrainerOptions(ZeroOptions, OptimizerOptions, ModelOptions, RunOptions):
     )
     save_steps: int = option(200, "Steps between two checkpoints; there is one at the end.", minimum=1)
     hang_timeout: float = option(
-        1800.0, "End the job when a rank makes no progress within a step or checkpoint for so many seconds; 0: never."
+        HANG_TIMEOUT,
+        "End the job when a rank makes no progress within a step or checkpoint for so many seconds; 0: never.",
     )
     save_total_limit: int = option(2, "Checkpoints kept; 2 or more, so that one is whole while the next is written.")
 

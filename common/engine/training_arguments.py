@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from common.engine.claim import claim_run
 from common.engine.deepspeed_config import contradiction, trainer_deepspeed_config
 from common.engine.environment import write_environment
 from common.engine.trainer import remove_incomplete_checkpoints
 from common.engine.trainer_options import TrainerOptions
-from common.engine.watchdog import refuse_second_writer
-from common.files import claim_output_dir
-from common.inputs import step_inputs
 
 # What may change between a run and its continuation.
 MAY_DIFFER = frozenset(
@@ -34,13 +31,9 @@ def prepare_output(options: TrainerOptions, facts: Mapping[str, Any] | None = No
     one process.
 
     `facts` are recorded beside the settings, for the run to read when it is resumed.
-    Raises `InputError` where `claim_output_dir` does.
+    Raises `InputError` where `claim_run` does.
     """
-    refuse_second_writer(options.output_dir)
-    output_dir = claim_output_dir(
-        options.output_dir, asdict(options) | dict(facts or {}), resume=options.resume, overwrite=options.overwrite,
-        may_differ=MAY_DIFFER | set(facts or ()), inputs=step_inputs(options),
-    )  # fmt: skip
+    output_dir = claim_run(options, MAY_DIFFER, facts)
     remove_incomplete_checkpoints(output_dir / "checkpoints")
     write_environment(output_dir, options)
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from baselines.dpo.config import DpoConfig
+from common.config import HANG_TIMEOUT
 from common.engine import distributed
 from step1_sft.config import SftConfig
 from step2_token_reward.config import Step2Config
@@ -72,12 +73,12 @@ def _timeouts(rank: int, world_size: int) -> list[timedelta]:
 
 @pytest.mark.distributed
 def test_every_group_outlasts_the_watchdog() -> None:
-    expected = timedelta(seconds=distributed.HANG_TIMEOUT) + distributed.WATCHDOG_MARGIN
+    expected = timedelta(seconds=HANG_TIMEOUT) + distributed.WATCHDOG_MARGIN
     assert run_on_ranks(_timeouts, 2) == [[expected] * 3] * 2
     assert distributed.collective_timeout(7200) == timedelta(minutes=130)
     assert distributed.collective_timeout(1) == timedelta(minutes=10, seconds=1)
     assert distributed.collective_timeout(0) == distributed.NO_LIMIT
-    assert {option.default for option in _hang_timeouts()} == {distributed.HANG_TIMEOUT}
+    assert {option.default for option in _hang_timeouts()} == {HANG_TIMEOUT}
 
 
 def _hang_timeouts() -> list[dataclasses.Field[float]]:
