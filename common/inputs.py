@@ -22,16 +22,22 @@ MODEL_SUFFIXES = frozenset({".safetensors", ".bin", ".json", ".jinja", ".model",
 
 
 def input_digests(inputs: Inputs) -> dict[str, str]:
-    """The digest of each file that the `inputs` name, by flag and file name.
+    """The digest of each file that the `inputs` name, by flag and file name; of files of one name all of them together.
 
     Of a folder, those of a model count (`MODEL_SUFFIXES`), without its subfolders. What is no file or folder here, a
     model on the hub or the name of a template, has no digest.
     """
-    return {
-        f"--{flag} {path.name}": content_digest(path)
-        for flag, given in inputs.items()
-        for path in _files([given] if isinstance(given, str | Path) else given)
-    }
+    found: dict[str, list[str]] = {}
+    for flag, given in inputs.items():
+        for path in _files([given] if isinstance(given, str | Path) else given):
+            found.setdefault(f"--{flag} {path.name}", []).append(content_digest(path))
+    return {name: " ".join(digests) for name, digests in found.items()}
+
+
+def log_files(paths: Sequence[str]) -> list[Path]:
+    """The files of search logs: a log may be a folder, of files of any kind."""
+    logs = map(Path, paths)
+    return [file for log in logs for file in (sorted(filter(Path.is_file, log.iterdir())) if log.is_dir() else [log])]
 
 
 def step_inputs(config: Any, splits: Sequence[str] = ("train", "dev")) -> Inputs:

@@ -20,7 +20,7 @@ from common.files import (
     write_json,
     write_jsonl,
 )
-from common.inputs import _block_starts, content_digest
+from common.inputs import _block_starts, content_digest, input_digests, log_files
 from common.private import only_mine
 from common.tracking import StepFile
 
@@ -116,6 +116,18 @@ def test_inputs_that_changed_under_a_run_are_named(tmp_path: Path) -> None:
     write_json(tmp_path / "run" / RUN_CONFIG_NAME, settings)
     rows.write_text("")
     begin("run", resume=True)
+
+
+def test_every_file_of_a_log_counts_also_in_folders_and_with_equal_names(tmp_path: Path) -> None:
+    for folder in ("monday", "tuesday"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "sessions.jsonl.gz").write_text(folder)
+    logs = [str(tmp_path / "monday"), str(tmp_path / "tuesday" / "sessions.jsonl.gz"), str(tmp_path / "missing")]
+    seen = {input_digests({"log": log_files(logs)})["--log sessions.jsonl.gz"]}
+    for folder in ("monday", "tuesday"):
+        (tmp_path / folder / "sessions.jsonl.gz").write_text("changed")
+        seen.add(input_digests({"log": log_files(logs)})["--log sessions.jsonl.gz"])
+    assert len(seen) == 3
 
 
 def test_a_large_file_is_known_by_samples_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from common.data.readers import AUTO, READERS, detect_format, read_log
 from common.data.records import EVENT_TYPES, SPLITS, Example, Record
 from common.errors import InputError, run_command
 from common.files import RUN_CONFIG_NAME, atomic_write, claim_output_dir, write_json
+from common.inputs import log_files
 from common.text import normalise
 
 REPORT_NAME = "data_report.json"
@@ -250,7 +251,7 @@ def main() -> None:
     settings = {name: value for name, value in asdict(config).items() if name not in ("resume", "overwrite")}
     folder = claim_output_dir(
         config.output_dir, settings, resume=config.resume, overwrite=config.overwrite,
-        inputs={"log": config.log, "adult_words": config.adult_words},
+        inputs={"log": log_files(config.log), "adult_words": config.adult_words},
     )  # fmt: skip
     if (folder / REPORT_NAME).is_file():
         print(f"{folder} is complete already; nothing to do. Report: {folder / REPORT_NAME}")
