@@ -74,11 +74,11 @@ def check_endpoint(options: EndpointOptions) -> None:
             f"--base_url {_shown(options)}: {parts.hostname} is not this machine, and search histories are personal. "
             "Add --allow_remote if they may be sent there"
         )
-    if not is_local(options) and not api_key(options):
+    key = api_key(options)  # raises for one that cannot be a key
+    if not is_local(options) and not key:
         raise InputError(
             f"--base_url {_shown(options)}: put its key into the environment variable {options.api_key_env}"
         )
-    api_key(options)  # raises for one that cannot be a key
     check_numbers(options)
     if options.max_cost and not (options.price_in or options.price_out):
         raise InputError("--max_cost needs prices: give --price_in and --price_out, by the million tokens")
