@@ -32,10 +32,10 @@ from common.tracking import read_metrics
 
 SEEDS, STEPS, LAST = (1, 2, 3, 4, 5), 20, 5
 WAYS = {
-    "off": {"hybrid_weights": "sharded", "decode_rows": 8, "packed": "false", "micro_batch_size": 8},
+    "off": {"hybrid_weights": "sharded", "decode_rows": 8, "sequence_layout": "padded", "micro_batch_size": 8},
     "on": {
-        "hybrid_weights": "gathered", "packed": "true", "micro_batch_tokens": 1024, "scoring_batch_tokens": 4096,
-        "old_logprobs": "sampled", "offload_states": "true",
+        "hybrid_weights": "gathered", "sequence_layout": "packed", "micro_batch_tokens": 1024,
+        "scoring_batch_tokens": 4096, "old_logprobs": "sampled", "offload_states": "true",
     },
 }  # fmt: skip
 # What the kept results were made with, where the recipe has changed since.

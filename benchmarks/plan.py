@@ -39,7 +39,8 @@ from common.errors import run_command
 from common.files import read_json
 from common.generation.sampling import Sampling
 from common.models.loading import load_tokenizer
-from common.models.sequences import pad_sequences, response_scores, score_in_blocks
+from common.models.response_scores import response_scores
+from common.models.sequences import pad_sequences, score_in_blocks
 from common.planning.plan import Machine
 from step3_tppo.config import Step3Config
 from step3_tppo.export import export_models
@@ -177,11 +178,11 @@ def _rollout(config: Step3Config, models: Models, folder: Path, shape: Shape, to
         batch = pad_sequences(repeated, responses, tokenizer.pad_token_id, actor.device)
         every = torch.arange(len(responses), device=actor.device)
         blocks = batch.by_length(every, config.scoring_batch_size)
-        score_in_blocks(batch, blocks, lambda block: response_scores(actor, actor, block, 1.0, models.way))
+        score_in_blocks(batch, blocks, lambda block: response_scores(actor, actor, block, 1.0, models.scoring))
         done("actor scoring")
     if models.reference is not None:
         with models.reference.inference() as module:
-            score_in_blocks(batch, blocks, lambda block: response_scores(module, module, block, 1.0, models.way))
+            score_in_blocks(batch, blocks, lambda block: response_scores(module, module, block, 1.0, models.scoring))
         done("reference scoring")
     with models.critic.inference() as module:
         score_in_blocks(batch, blocks, lambda block: (module(block),))
@@ -196,7 +197,7 @@ def _rollout(config: Step3Config, models: Models, folder: Path, shape: Shape, to
         accumulate(models.critic.engine, models.critic.engine(micro).square().mean(), last)
         done("optimiser step" if last else "critic update")
         engine, module = models.actor.engine, models.actor.module.train()
-        scores = response_scores(engine, module, micro, 1.0, models.way)
+        scores = response_scores(engine, module, micro, 1.0, models.scoring)
         accumulate(engine, -scores.logprobs.mean(), last)
         del scores
         done("optimiser step" if last else "actor update")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 from common.config import (
     HANG_TIMEOUT,
@@ -63,9 +63,10 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
     )
     decode_rows: int = option(0, "Responses decoded at once, on each rank; 0: all of its rollout.")
     cuda_graphs: bool = option(False, "Record decoding passes as CUDA graphs. Written, but not yet run on a GPU.")
-    packed: str = option(
-        "auto", "Rows of a pass one behind the other, without padding; auto: where flash attention skips the rest.",
-        choices=["auto", "true", "false"],
+    sequence_layout: str = option(
+        "auto", "How passes read finished responses: padded, packed without padding (for flash attention), or shared, "
+        "each prompt once for all its responses. auto: packed with flash attention, else shared.",
+        choices=["auto", "padded", "packed", "shared"],
     )
     ppo_epochs: int = option(1, "Passes over each rollout.", minimum=1)
     temperature: float = option(1.0, "Sampling temperature; log-probs are those of the same distribution.", above=0)
@@ -157,9 +158,10 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
     )
     offload_states: bool = option(False, "Optimisers' states rest in host memory during rollout.")
     old_logprobs: str = option(
-        "recomputed", "PPO's old log-probs: by a pass like the training's, or those of sampling, which saves that pass "
-        "and differs by rollout/mismatch_* (TensorBoard).",
-        choices=["recomputed", "sampled"],
+        "auto", "PPO's old log-probs: recomputed by a pass like the training's, or those of sampling, which saves that "
+        "pass and differs by rollout/mismatch_* (TensorBoard). auto: sampled in fp32; else recomputed, but for the "
+        "first mini-batch, whose own pass gives them.",
+        choices=["auto", "recomputed", "sampled"],
     )
     plan: str = option(
         "stop", "Before weights are loaded, plan what a rank will hold; stop, or warn, where it has not that much.",
@@ -185,6 +187,18 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
         terms of the same size are summed and divided by r.
         """
         return replace(self, lora_r=self.critic_lora_r, quantize="none")
+
+    def wanted_layout(self) -> Literal["padded", "packed", "shared"]:
+        """What `sequence_layout` stands for, before the models are asked whether they can share prompts."""
+        if self.sequence_layout != "auto":
+            return self.sequence_layout
+        if self.attn_implementation == "flash_attention_2":
+            return "packed"
+        return "shared" if self.samples_per_prompt > 1 else "padded"
+
+    def sampling_is_exact(self) -> bool:
+        """Whether decoding gives the log-probs of a training pass but for fp32's rounding."""
+        return self.dtype == "fp32" and self.quantize == "none"
 
     def validate(self, world_size: int) -> None:
         """Refuse settings that cannot work together; raises `InputError` that says what to change."""

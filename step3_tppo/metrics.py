@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -14,7 +15,11 @@ from step3_tppo.normalisation import ROUNDING
 from step3_tppo.rollout import Rollout, part_tensor
 
 REWARD_PARTS = ("model", "sentence", "length_penalty", "guard")
-UPDATE_SUMS = ("policy_loss", "value_loss", "policy_clipped", "value_clipped", "approx_kl", "tokens", "steps")
+UPDATE_SUMS = (
+    "policy_loss", "value_loss", "policy_clipped", "value_clipped", "approx_kl", "tokens", "steps", "entropy",
+    "policy_tokens", "mismatch", "first_tokens",
+)  # fmt: skip
+UPDATE_MAXIMA = ("ratio", "mismatch")
 
 
 def rollout_metrics(
@@ -35,9 +40,6 @@ def rollout_metrics(
     sums = {name: part_tensor(rollout, name)[mask].sum() for name in REWARD_PARTS} | {
         "kl_penalty": kl_penalty[mask].sum(),
         "kl": rollout.kl[mask].sum(),
-        "entropy": rollout.entropy[rollout.checked].sum(),
-        "mismatch": rollout.mismatch.sum(),
-        "checked": rollout.checked.sum(),
         "tokens": mask.sum(),
         "responses": len(mask),
         "queries": len(queries),
@@ -68,9 +70,6 @@ def rollout_metrics(
         "reward/word_score_std": math.sqrt(max(variance, 0.0)),
         "kl/per_token": total["kl"] / tokens,
         "kl/per_sequence": total["kl"] / count,
-        "policy/entropy": total["entropy"] / max(total["checked"], 1.0),
-        "rollout/mismatch_mean": total["mismatch"] / max(total["checked"], 1.0),
-        "rollout/mismatch_max": float(max_over_ranks(rollout.mismatch.max())),
         "response/tokens": total["tokens"] / count,
         "response/queries": total["queries"] / count,
         "response/words_per_query": total["words"] / lines,
@@ -85,20 +84,42 @@ def rollout_metrics(
     return metrics | _value_metrics(rollout.values, returns, advantages, mask)
 
 
-def update_metrics(totals: torch.Tensor, max_ratio: torch.Tensor) -> dict[str, float]:
-    """Scalars of a rollout's updates from sums over this rank in the order of `UPDATE_SUMS` and the largest ratio."""
+def update_metrics(totals: torch.Tensor, maxima: torch.Tensor) -> dict[str, float]:
+    """Scalars of a rollout's updates from this rank's sums and maxima, in the order of `UPDATE_SUMS` and
+    `UPDATE_MAXIMA`.
+
+    `rollout/mismatch_*` is the distance between the log-probs of sampling and those of the first optimizer step, whose
+    policy is the same. It and the entropy are left out of a step that updates the critic alone.
+    """
     sums = dict(zip(UPDATE_SUMS, sum_over_ranks(totals).tolist(), strict=True))
+    highest = dict(zip(UPDATE_MAXIMA, max_over_ranks(maxima).tolist(), strict=True))
     tokens = max(sums["tokens"], 1.0)
     steps = max(sums["steps"] / world_size(), 1.0)
-    return {
+    metrics = {
         "loss/policy": sums["policy_loss"] / world_size() / steps,
         "loss/value": sums["value_loss"] / world_size() / steps,
         "policy/clip_fraction": sums["policy_clipped"] / tokens,
         "policy/approx_kl": sums["approx_kl"] / tokens,
-        "policy/max_ratio": float(max_over_ranks(max_ratio)),
+        "policy/max_ratio": highest["ratio"],
         "value/clip_fraction": sums["value_clipped"] / tokens,
         "policy/optimizer_steps": steps,
     }
+    if sums["policy_tokens"]:
+        metrics |= {
+            "policy/entropy": sums["entropy"] / sums["policy_tokens"],
+            "rollout/mismatch_mean": sums["mismatch"] / sums["first_tokens"],
+            "rollout/mismatch_max": highest["mismatch"],
+        }
+    return metrics
+
+
+def imbalance(tokens: Sequence[int], device: torch.device) -> float:
+    """By what share the rank with most tokens has more than the mean rank, averaged over mini-batches.
+
+    `tokens` are this rank's in each mini-batch, a shared prompt counted once. 0: no rank waits for another.
+    """
+    counts = torch.tensor(tokens, dtype=torch.float64, device=device)
+    return float((max_over_ranks(counts) * world_size() / sum_over_ranks(counts) - 1).mean())
 
 
 def phase_metrics(seconds: dict[str, float], tokens: torch.Tensor) -> dict[str, float]:

@@ -20,6 +20,7 @@ from common.engine.hybrid import HybridEngine
 from common.engine.memory import cache_bytes, free_bytes, gathered_bytes, weights_that_fit
 from common.errors import InputError
 from common.generation.decode import check_decodable
+from common.models.layouts import Layout, why_not_shared, without_wrapper
 from common.models.loading import (
     apply_lora,
     causal_lm_skeleton,
@@ -29,7 +30,8 @@ from common.models.loading import (
     load_causal_lm,
     without_dropout,
 )
-from common.models.sequences import ScoringWay, without_wrapper
+from common.models.response_scores import ScoringOptions, response_scores
+from common.models.sequences import SequenceBatch
 from common.models.token_reward import TokenRewardModel, load_token_reward_scorer, token_classifier_skeleton
 from common.models.token_scores import VOCABULARY_PIECE, gives_logits_of_its_head
 from common.models.value_model import load_value_model
@@ -37,15 +39,15 @@ from step3_tppo.config import DORA_NEEDS_WHOLE_WEIGHTS, Step3Config
 
 
 class Models(NamedTuple):
-    """Engines that can step into inference. `reference` is None with LoRA: the actor without adapters is it. `way` is
-    how response tokens are scored."""
+    """Engines that can step into inference. `reference` is None with LoRA: the actor without adapters is it. `scoring`
+    is how response tokens are scored."""
 
     actor: HybridEngine
     reference: HybridEngine | None
     critic: HybridEngine
     reward: HybridEngine
     scorer: TokenRewardModel
-    way: ScoringWay
+    scoring: ScoringOptions
 
 
 def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Models:
@@ -66,9 +68,8 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
     # Adapters within the sharded loading too, because DoRA's magnitudes begin as the norms of whole weights.
     actor = _load(training, lambda: apply_lora(load_policy(quantize=config.quantize), config))
     check_vocabulary(actor, tokenizer)
-    packed = config.packed == "true" or (config.packed == "auto" and config.attn_implementation == "flash_attention_2")
     critic_path = config.critic_path or config.actor_path
-    critic = _load(training, lambda: load_value_model(critic_path, config, packed, lora=config.of_critic()))
+    critic = _load(training, lambda: load_value_model(critic_path, config, lora=config.of_critic()))
     check_vocabulary(critic.trunk, tokenizer)
     check_lengths(critic.trunk.config, config.max_prompt_tokens + config.max_response_tokens)
     if config.gradient_checkpointing:
@@ -85,10 +86,12 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
         critic=_trained(critic, config.critic_learning_rate, training, config),
         reward=_frozen(scorer.module, frozen),
         scorer=scorer,
-        way=ScoringWay(packed),
+        scoring=ScoringOptions(),
     )
     _choose_weights(models, config)
-    return models._replace(way=ScoringWay(packed, in_pieces=_scores_in_pieces(models.actor)))
+    layout = _choose_layout(models, config)
+    models.critic.module.layout = layout
+    return models._replace(scoring=ScoringOptions(layout, chunks=_scores_in_chunks(models.actor)))
 
 
 def _reward_options(config: Step3Config) -> Step3Config:
@@ -160,7 +163,32 @@ def _choose_weights(models: Models, config: Step3Config) -> None:
         hybrid.graphs = config.cuda_graphs
 
 
-def _scores_in_pieces(actor: HybridEngine) -> bool:
+def _choose_layout(models: Models, config: Step3Config) -> Layout:
+    """What `--sequence_layout` asks for, or the padded one where actor or critic cannot share prompts."""
+    layout = config.wanted_layout()
+    if layout != "shared":
+        return layout
+    actor, critic = models.actor, models.critic
+
+    def read_by_actor(batch: SequenceBatch, layout: Layout) -> None:
+        response_scores(actor.module, actor.module, batch, 1.0, ScoringOptions(layout))
+
+    def read_by_critic(batch: SequenceBatch, layout: Layout) -> None:
+        critic.module.layout = layout
+        critic.module(batch)
+
+    with actor.inference() as module:
+        reason = why_not_shared(module, read_by_actor)
+    with critic.inference() as module:
+        reason = why_not_shared(module.trunk, read_by_critic) or reason
+    if not reason:
+        return "shared"
+    message = f"every prompt is read once for each of its responses: {reason}"
+    distributed.on_main_first(lambda: print(message, flush=True))
+    return "padded"
+
+
+def _scores_in_chunks(actor: HybridEngine) -> bool:
     """Whether full logits are worth avoiding and the model lets them be."""
     inner = without_wrapper(actor.module)
     if inner.config.get_text_config().vocab_size <= VOCABULARY_PIECE:

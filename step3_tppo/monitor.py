@@ -16,7 +16,7 @@ from common.evaluation.over_optimisation import over_optimised
 from common.evaluation.summary import MEASURES, Row, measure_table, score_rows
 from common.feedback.annotator import Annotator
 from step3_tppo.rewards import MAX_WORD_SCORE
-from step3_tppo.rollout import Rollout
+from step3_tppo.rollout import Rollout, response_rows
 
 BINS = 10
 
@@ -42,14 +42,12 @@ class RolloutMonitor:
         judge's (0..2); and `word_calibration_error`, the mean distance of the two within ten bins of the former,
         weighted by words.
         """
-        rows = [{"response": response.text, "finished": response.finished, "tokens": len(response.ids)}
-                for response in rollout.generated]
-        scored = score_rows(rollout.examples, rows, self._annotator)
+        scored = rollout.judged or score_rows(rollout.examples, response_rows(rollout.generated), self._annotator)
         table = measure_table(rollout.examples, scored, self._k)
         columns = [MEASURES.index(name) for name in ("relevance_rate", "mean_word_score")]
         judged = [score for row in scored for line in row["words"] for score in line]
         predicted = [score for scores in rollout.word_scores for score in scores]
-        means = torch.tensor([*table[:, columns].sum(0), len(rows)], dtype=torch.float64)
+        means = torch.tensor([*table[:, columns].sum(0), len(scored)], dtype=torch.float64)
         relevance, words, count = sum_over_ranks(means).tolist()
         gap, error = calibration(predicted, judged)
         scalars = {

@@ -13,10 +13,10 @@ from common.engine.deepspeed_config import inference_config, training_config
 from common.engine.memory import WeightMode, cache_bytes, free_bytes, mode_that_fits
 from common.errors import InputError, one_line
 from common.files import read_json
+from common.models.layouts import without_wrapper
 from common.models.loading import has_attention
 from common.models.reward_encoder import usable_positions
 from common.models.reward_options import RewardInputOptions
-from common.models.sequences import without_wrapper
 from common.models.token_reward import SETTINGS_NAME, token_classifier_skeleton
 from common.planning.advice import Change, advice_line, advise, common_changes, halvings, last_changes, slow_changes
 from common.planning.models import ModelSpec, Weights, meta_model, weights_of
@@ -157,7 +157,9 @@ class Step3Plan:
         config = self._config
         rows = self._rows(config.scoring_batch_size, config.scoring_batch_tokens)
         times = self._responses / rows.rows
-        passes = {"actor scoring": (self._actor, scoring_pass(self._actor.spec, rows))}
+        passes = {}
+        if config.lora_r or not (config.old_logprobs == "sampled" or config.sampling_is_exact()):
+            passes["actor scoring"] = (self._actor, scoring_pass(self._actor.spec, rows))
         if self._reference is not None:
             passes["reference scoring"] = (self._reference, scoring_pass(self._reference.spec, rows))
         passes["critic scoring"] = (self._critic, scoring_pass(self._critic.spec, rows))
@@ -209,9 +211,15 @@ class Step3Plan:
     def _rows(self, size: int, tokens: int) -> Rows:
         """The largest block of responses of a pass."""
         config = self._config
-        length = config.max_prompt_tokens + config.max_response_tokens
-        rows = max(1, tokens // length) if tokens else size
-        return Rows(min(rows, self._responses), config.max_prompt_tokens, config.max_response_tokens)
+        prompt, response = config.max_prompt_tokens, config.max_response_tokens
+        samples = config.samples_per_prompt if config.wanted_layout() == "shared" else 1
+        if tokens:
+            size = max(1, tokens // (prompt + samples * response)) * samples
+            if prompt + samples * response > tokens:
+                size = max(1, (tokens - prompt) // response)
+        elif size >= samples:
+            size -= size % samples
+        return Rows(min(size, self._responses), prompt, response, samples)
 
 
 def plan_step3(config: Step3Config, machine: Machine) -> Plan:

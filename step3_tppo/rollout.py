@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,12 @@ from common.alignment import DecodedTokens, TokenDecoder
 from common.data.prompts import PromptBuilder
 from common.data.records import Example
 from common.engine.accumulation import micro_batches
-from common.evaluation.summary import score_rows
+from common.evaluation.summary import Row, score_rows
 from common.feedback.annotator import Annotator
 from common.generation.generate import Generated
 from common.generation.sampling import Sampling
-from common.models.sequences import SequenceBatch, TokenScores, pad_sequences, response_scores, score_in_blocks
+from common.models.response_scores import response_scores
+from common.models.sequences import SequenceBatch, pad_sequences, score_in_blocks
 from common.progress import phase_progress
 from step3_tppo.config import Step3Config
 from step3_tppo.losses import k1_kl
@@ -28,9 +29,10 @@ from step3_tppo.rewards import MAX_WORD_SCORE, RewardOptions, TokenRewards, toke
 class Rollout:
     """What one rank sampled in a step and what the models say of it; tensors are (B, T) over response tokens.
 
-    `word_scores` are the reward model's, `rewards` is the sum of the parts of `parts`, without KL. `checked` are the
-    tokens whose log-probs were computed again by a pass like the training's: all of them, or one block's when the old
-    log-probs are those of sampling; there stand `mismatch`, by how much the two differ, and the policy's `entropy`.
+    `word_scores` are the reward model's, `rewards` is the sum of the parts of `parts`, without KL. `sampled_logprobs`
+    are those of decoding. `old_logprobs` are PPO's; for the rows of `pending` (B,) bool they are still those of
+    decoding, until the first update, whose policy is unchanged, puts its own there. `judged` are the judge's rows where
+    rewards are made of them.
     """
 
     examples: list[Example]
@@ -39,14 +41,14 @@ class Rollout:
     word_scores: list[list[float]]
     parts: list[TokenRewards]
     batch: SequenceBatch
+    sampled_logprobs: torch.Tensor
     old_logprobs: torch.Tensor
+    pending: torch.Tensor
     reference_logprobs: torch.Tensor
-    checked: torch.Tensor
-    mismatch: torch.Tensor
-    entropy: torch.Tensor
     kl: torch.Tensor
     values: torch.Tensor
     rewards: torch.Tensor
+    judged: list[Row] | None
     seconds: dict[str, float]
 
 
@@ -74,8 +76,17 @@ class RolloutMaker:
         self._device = device
         self._judge = judge
 
-    def __call__(self, examples: Sequence[Example], seed: int) -> Rollout:
-        """Sample `samples_per_prompt` responses for each of this rank's `examples`; `seed` differs between ranks."""
+    def prompt_tokens(self, example: Example) -> int:
+        """How many tokens the prompt of `example` has."""
+        return len(self._prompts.ids(example.history))
+
+    def __call__(
+        self, examples: Sequence[Example], seed: int, first_rows: Callable[[SequenceBatch], torch.Tensor]
+    ) -> Rollout:
+        """Sample `samples_per_prompt` responses for each of this rank's `examples`; `seed` differs between ranks.
+
+        `first_rows` gives the rows that the first update learns from.
+        """
         clock, config = _Clock(), self._config
         prompts = [self._prompts.ids(example.history) for example in examples]
         examples = [example for example in examples for _ in range(config.samples_per_prompt)]
@@ -91,32 +102,33 @@ class RolloutMaker:
             clock.lap("generate")
             responses = [response.ids for response in generated]
             prompts = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
-            batch = pad_sequences(prompts, responses, self._tokenizer.pad_token_id, self._device)
-            rows = torch.arange(len(responses), device=self._device)
-            blocks = micro_batches(batch, rows, config.scoring_batch_size, config.scoring_batch_tokens)
-            checked = blocks if config.old_logprobs == "recomputed" else blocks[:1]
-            again = self._scores(actor, batch, checked)
+            shared = self._models.scoring.layout == "shared"
+            batch = pad_sequences(
+                prompts, responses, self._tokenizer.pad_token_id, self._device,
+                samples=config.samples_per_prompt if shared else 1,
+            )
+            sampled = _padded([response.logprobs for response in generated], batch.response_mask)
+            pending = self._pending(batch, first_rows)
+            old_logprobs = self._old_logprobs(actor, batch, sampled, pending)
+            blocks = self._blocks(batch, torch.ones_like(pending))
             reference = None
             if self._models.reference is None:
                 with actor.disable_adapter():
-                    reference = self._scores(actor, batch, blocks)
+                    reference = self._logprobs(actor, batch, blocks)
             clock.lap("actor_scoring")
         clock.lap("switch")
         if reference is None:
             with self._models.reference.inference() as module:
-                reference = self._scores(module, batch, blocks)
+                reference = self._logprobs(module, batch, blocks)
         with self._models.critic.inference() as module:
             (values,) = score_in_blocks(batch, blocks, lambda block: (module(block),))
         clock.lap("reference_critic_scoring")
         decoded = [self._decoder(ids) for ids in responses]
-        words, queries = (self._judged if self._judge else self._reward_scores)(examples, generated)
+        judged = self._judged(examples, generated) if self._judge else None
+        words, queries = _scores_of(judged) if judged else self._reward_scores(examples, generated)
         rows = zip(decoded, words, queries, generated, strict=True)
         parts = [token_rewards(text, *scores, response.finished, self._rewards) for text, *scores, response in rows]
         clock.lap("reward_scoring")
-        sampled = _padded([response.logprobs for response in generated], batch.response_mask)
-        checked_mask = torch.zeros_like(batch.response_mask)
-        checked_mask[torch.cat(checked)] = batch.response_mask[torch.cat(checked)]
-        old_logprobs = again.logprobs if config.old_logprobs == "recomputed" else sampled
         return Rollout(
             examples=examples,
             generated=generated,
@@ -124,22 +136,44 @@ class RolloutMaker:
             word_scores=words,
             parts=parts,
             batch=batch,
+            sampled_logprobs=sampled,
             old_logprobs=old_logprobs,
-            reference_logprobs=reference.logprobs,
-            checked=checked_mask,
-            mismatch=torch.where(checked_mask, (sampled - again.logprobs).abs(), 0.0),
-            entropy=again.entropy,
-            kl=k1_kl(old_logprobs, reference.logprobs, batch.response_mask),
+            pending=pending,
+            reference_logprobs=reference,
+            kl=k1_kl(old_logprobs, reference, batch.response_mask),
             values=values,
             rewards=_padded([part.total for part in parts], batch.response_mask),
+            judged=judged,
             seconds=clock.seconds,
         )
 
-    def _scores(self, module: torch.nn.Module, batch: SequenceBatch, blocks: list[torch.Tensor]) -> TokenScores:
-        temperature, way = self._config.temperature, self._models.way
-        return TokenScores(
-            *score_in_blocks(batch, blocks, lambda block: response_scores(module, module, block, temperature, way))
-        )
+    def _pending(self, batch: SequenceBatch, first_rows: Callable[[SequenceBatch], torch.Tensor]) -> torch.Tensor:
+        """The rows (B,) whose old log-probs the first update's own pass gives, because its policy is unchanged."""
+        pending = torch.zeros(len(batch.input_ids), dtype=torch.bool, device=self._device)
+        if self._config.old_logprobs == "auto" and not self._config.sampling_is_exact():
+            pending[first_rows(batch)] = True
+        return pending
+
+    def _old_logprobs(
+        self, actor: torch.nn.Module, batch: SequenceBatch, sampled: torch.Tensor, pending: torch.Tensor
+    ) -> torch.Tensor:
+        """Those of decoding, replaced by a pass like the training's where `--old_logprobs` asks for it."""
+        setting = self._config.old_logprobs
+        if setting == "sampled" or (setting == "auto" and self._config.sampling_is_exact()) or pending.all():
+            return sampled.clone()
+        again = self._logprobs(actor, batch, self._blocks(batch, ~pending))
+        return torch.where(pending.unsqueeze(1), sampled, again)
+
+    def _blocks(self, batch: SequenceBatch, chosen: torch.Tensor) -> list[torch.Tensor]:
+        """The `chosen` rows (B,) in blocks for passes without gradients."""
+        config = self._config
+        return micro_batches(batch, chosen.nonzero()[:, 0], config.scoring_batch_size, config.scoring_batch_tokens)
+
+    def _logprobs(self, module: torch.nn.Module, batch: SequenceBatch, blocks: list[torch.Tensor]) -> torch.Tensor:
+        def forward(block: SequenceBatch) -> tuple[torch.Tensor]:
+            return (response_scores(module, module, block, self._config.temperature, self._models.scoring).logprobs,)
+
+        return score_in_blocks(batch, blocks, forward)[0]
 
     def _reward_scores(
         self, examples: Sequence[Example], generated: Sequence[Generated]
@@ -158,13 +192,22 @@ class RolloutMaker:
                 queries += scores.queries
         return words, queries
 
-    def _judged(
-        self, examples: Sequence[Example], generated: Sequence[Generated]
-    ) -> tuple[list[list[float]], list[list[float]]]:
-        """The judge's scores, on the reward model's scales."""
-        rows = score_rows(examples, [{"response": response.text} for response in generated], self._judge)
-        words = [[float(score) for line in row["words"] for score in line] for row in rows]
-        return words, [[score / MAX_WORD_SCORE for score in row["queries"]] for row in rows]
+    def _judged(self, examples: Sequence[Example], generated: Sequence[Generated]) -> list[Row]:
+        return score_rows(examples, response_rows(generated), self._judge)
+
+
+def response_rows(generated: Sequence[Generated]) -> list[Row]:
+    """Responses as the rows that a judge scores (`common.evaluation.summary.score_rows`)."""
+    return [
+        {"response": response.text, "finished": response.finished, "tokens": len(response.ids)}
+        for response in generated
+    ]
+
+
+def _scores_of(judged: Sequence[Row]) -> tuple[list[list[float]], list[list[float]]]:
+    """A judge's scores of words and of queries, on the reward model's scales."""
+    words = [[float(score) for line in row["words"] for score in line] for row in judged]
+    return words, [[score / MAX_WORD_SCORE for score in row["queries"]] for row in judged]
 
 
 def reward_options(config: Step3Config, suggested_length: int) -> RewardOptions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,17 +22,21 @@ from common.engine.preemption import Preemption
 from common.engine.watchdog import Watchdog
 from common.errors import Preempted, TrainingDiverged
 from common.evaluation.summary import Row
-from common.models.sequences import TokenScores, response_scores
+from common.models.response_scores import TokenScores, response_scores
+from common.models.sequences import SequenceBatch
 from common.pages.sections import tensorboard_layout
 from common.progress import phase_progress, progress
 from common.tracking import Tracker
 from step3_tppo.advantages import generalized_advantages, token_discounts, whiten
+from step3_tppo.batches import PromptSampler, mini_batches, step_seed
 from step3_tppo.config import Step3Config
 from step3_tppo.guards import RolloutGuard
 from step3_tppo.kl_control import KLController
 from step3_tppo.losses import kl_estimate, policy_loss, token_denominator, value_loss
 from step3_tppo.metrics import (
+    UPDATE_MAXIMA,
     UPDATE_SUMS,
+    imbalance,
     phase_metrics,
     position_profiles,
     rollout_metrics,
@@ -43,8 +47,6 @@ from step3_tppo.monitor import OverOptimisation, RolloutMonitor
 from step3_tppo.normalisation import RewardNormaliser
 from step3_tppo.rollout import Rollout, RolloutMaker
 from step3_tppo.samples import SampleLog, chosen_samples
-
-MAX_SEED = 2**31
 
 
 class StepResult(NamedTuple):
@@ -74,7 +76,7 @@ class TPPOTrainer:
         self._config = config
         self._models = models
         self._make_rollout = make_rollout
-        self._examples = examples
+        self._prompts = PromptSampler(examples, config.rollout_batch_size, config.seed, make_rollout.prompt_tokens)
         self._device = device
         self._kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         self._normalise = RewardNormaliser(config.reward_norm, config.max_response_tokens)
@@ -84,7 +86,6 @@ class TPPOTrainer:
         self._scores: list[float] = []  # of the steps since the last checkpoint, which their mean tells from the best
         self._guard = RolloutGuard(config.max_kl)
         self._watchdog = Watchdog(config.output_dir, config.hang_timeout)
-        self._order_made: tuple[int, list[int]] = (-1, [])
 
     def train(self) -> None:
         """Run to `total_steps`, from the newest checkpoint if there is one.
@@ -145,7 +146,9 @@ class TPPOTrainer:
         config = self._config
         self._watchdog.phase("rollout", step)
         with resting_optimizers(*self._engines().values()) if config.offload_states else nullcontext():
-            rollout = self._make_rollout(self._examples_of(step), seed=self._seed(step, distributed.rank()))
+            rollout = self._make_rollout(
+                self._prompts(step), self._seed(step), lambda batch: self._mini_batches(batch, step)[0]
+            )
         mask = rollout.batch.response_mask
         beta = self._kl.coef
         kl_penalty = torch.zeros_like(rollout.rewards)
@@ -177,54 +180,64 @@ class TPPOTrainer:
     def _update(
         self, step: int, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor
     ) -> dict[str, float]:
-        """All optimiser steps on one rollout; stops early, on all ranks, once `target_kl` is exceeded."""
+        """All optimizer steps on one rollout; stops early, on all ranks, once `target_kl` is exceeded."""
         config = self._config
         totals = torch.zeros(len(UPDATE_SUMS), dtype=torch.float64, device=self._device)
-        max_ratio = torch.zeros((), device=self._device)
+        maxima = torch.zeros(len(UPDATE_MAXIMA), device=self._device)
         stopped = False
+        chosen = self._mini_batches(rollout.batch, step)
         with phase_progress(total=config.ppo_epochs * len(advantages), desc="update", unit="response") as bar:
-            for rows in self._mini_batches(step, len(advantages)):
-                sums, ratio = self._optimizer_step(step, rollout, advantages, returns, rows)
+            for number, rows in enumerate(chosen):
+                sums, highest = self._optimizer_step(step, rollout, advantages, returns, rows, first=number == 0)
                 totals += sums
-                max_ratio = torch.maximum(max_ratio, ratio)
+                maxima = torch.maximum(maxima, highest)
                 bar.update(len(rows))
                 stopped = config.target_kl > 0 and _mean_kl(sums) > config.target_kl
                 if stopped:
                     break
-        return update_metrics(totals, max_ratio) | {
+        tokens = [sum(rollout.batch.token_counts(rollout.batch.groups(rows))) for rows in chosen]
+        return update_metrics(totals, maxima) | {
             "policy/stopped_early": float(stopped),
             "policy/grad_norm": _grad_norm(self._models.actor.engine),
             "value/grad_norm": _grad_norm(self._models.critic.engine),
+            "rollout/token_imbalance": imbalance(tokens, self._device),
         }
 
-    def _mini_batches(self, step: int, count: int) -> Iterator[torch.Tensor]:
-        """Which of this rank's `count` responses each optimiser step of `step` learns from."""
-        for epoch in range(self._config.ppo_epochs):
-            generator = torch.Generator().manual_seed(self._seed(step, distributed.rank(), epoch + 1))
-            order = torch.randperm(count, generator=generator)
-            yield from order.split(self._config.mini_batch_size // distributed.world_size())
+    def _mini_batches(self, batch: SequenceBatch, step: int) -> list[torch.Tensor]:
+        """Which of this rank's responses each optimizer step of `step` learns from."""
+        size = self._config.mini_batch_size // distributed.world_size()
+        epochs = (self._seed(step, epoch + 1) for epoch in range(self._config.ppo_epochs))
+        return [rows for seed in epochs for rows in mini_batches(batch, size, seed)]
 
     def _optimizer_step(
-        self, step: int, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor, rows: torch.Tensor
+        self,
+        step: int,
+        rollout: Rollout,
+        advantages: torch.Tensor,
+        returns: torch.Tensor,
+        rows: torch.Tensor,
+        first: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One update of critic and actor from this rank's `rows`; sums in the order of `UPDATE_SUMS`, largest ratio."""
+        """One update of critic and actor from this rank's `rows`; sums and maxima in the order of `UPDATE_SUMS` and
+        `UPDATE_MAXIMA`. The `first` one of a rollout also gives the old log-probs that are pending."""
         config = self._config
-        blocks = micro_batches(
-            rollout.batch, rows.to(self._device), config.micro_batch_size, config.micro_batch_tokens
-        )
+        blocks = micro_batches(rollout.batch, rows, config.micro_batch_size, config.micro_batch_tokens)
         tokens = token_denominator(rollout.batch.response_mask[rows])
         sums = dict.fromkeys(UPDATE_SUMS, torch.zeros((), dtype=torch.float64, device=self._device))
+        maxima = dict.fromkeys(UPDATE_MAXIMA, torch.zeros((), device=self._device))
         sums["steps"] = sums["steps"] + 1
-        max_ratio = torch.zeros((), device=self._device)
         self._models.actor.module.train()
         self._models.critic.module.train()
         for number, micro in enumerate(blocks, start=1):
             last = number == len(blocks)
             batch = rollout.batch.rows(micro)
             mask = batch.response_mask
-            old_values, old_logprobs, reference, micro_advantages, micro_returns = (
-                tensor[micro, : mask.shape[1]]
-                for tensor in (rollout.values, rollout.old_logprobs, rollout.reference_logprobs, advantages, returns)
+            width = mask.shape[1]
+            old_values, reference, sampled, micro_advantages, micro_returns = (
+                tensor[micro, :width]
+                for tensor in (
+                    rollout.values, rollout.reference_logprobs, rollout.sampled_logprobs, advantages, returns
+                )
             )
             values = self._models.critic.engine(batch)
             critic = value_loss(values, old_values, micro_returns, mask, config.value_clip_range, tokens)
@@ -236,11 +249,18 @@ class TPPOTrainer:
                 continue
             actor = self._models.actor
             scores = response_scores(
-                actor.engine, actor.module, batch, config.temperature, self._models.way, config.entropy_coef > 0
+                actor.engine, actor.module, batch, config.temperature, self._models.scoring, config.entropy_coef > 0
             )
+            if first:
+                pending = rollout.pending[micro]
+                rollout.old_logprobs[micro[pending], :width] = scores.logprobs.detach()[pending]
+                mismatch = torch.where(mask, (scores.logprobs.detach() - sampled).abs(), 0.0)
+                sums["mismatch"] = sums["mismatch"] + mismatch.sum()
+                sums["first_tokens"] = sums["first_tokens"] + mask.sum()
+                maxima["mismatch"] = torch.maximum(maxima["mismatch"], mismatch.max())
             policy = policy_loss(
                 scores.logprobs,
-                old_logprobs,
+                rollout.old_logprobs[micro, :width],
                 micro_advantages,
                 mask,
                 config.clip_range,
@@ -252,8 +272,13 @@ class TPPOTrainer:
             sums["policy_loss"] = sums["policy_loss"] + policy.loss.detach()
             sums["policy_clipped"] = sums["policy_clipped"] + policy.clipped
             sums["approx_kl"] = sums["approx_kl"] + policy.approx_kl
-            max_ratio = torch.maximum(max_ratio, policy.max_ratio)
-        return torch.stack([sums[name].double() for name in UPDATE_SUMS]), max_ratio
+            sums["entropy"] = sums["entropy"] + scores.entropy.detach().sum()
+            sums["policy_tokens"] = sums["policy_tokens"] + mask.sum()
+            maxima["ratio"] = torch.maximum(maxima["ratio"], policy.max_ratio)
+        return (
+            torch.stack([sums[name].double() for name in UPDATE_SUMS]),
+            torch.stack([maxima[name].float() for name in UPDATE_MAXIMA]),
+        )
 
     def _regulariser(
         self, scores: TokenScores, reference: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor
@@ -273,25 +298,8 @@ class TPPOTrainer:
         _check_finite(loss.detach(), step, "a loss")
         accumulate(engine, loss, last)
 
-    def _examples_of(self, step: int) -> list[Example]:
-        """This rank's share of the prompts of `step`: epochs over all examples, each in its own random order."""
-        size = self._config.rollout_batch_size
-        picked = []
-        for position in range(step * size, (step + 1) * size):
-            epoch, place = divmod(position, len(self._examples))
-            picked.append(self._examples[self._order(epoch)[place]])
-        return picked[distributed.rank() :: distributed.world_size()]
-
-    def _order(self, epoch: int) -> list[int]:
-        """The examples' order in `epoch`; the last one made is kept, because a step asks for it at every prompt."""
-        if self._order_made[0] != epoch:
-            generator = torch.Generator().manual_seed(self._seed(-1, epoch))
-            self._order_made = (epoch, torch.randperm(len(self._examples), generator=generator).tolist())
-        return self._order_made[1]
-
-    def _seed(self, *parts: int) -> int:
-        """A seed that differs between steps, ranks and epochs and repeats in a resumed run."""
-        return hash((self._config.seed, *parts)) % MAX_SEED
+    def _seed(self, step: int, *parts: int) -> int:
+        return step_seed(self._config.seed, step, distributed.rank(), *parts)
 
     def _set_learning_rates(self, step: int) -> None:
         config = self._config

@@ -26,7 +26,8 @@ from common.feedback.annotator import normalised_words
 from common.feedback.load import load_annotator
 from common.files import write_json
 from common.models.loading import load_causal_lm
-from common.models.sequences import SequenceBatch, pad_sequences, response_scores
+from common.models.response_scores import response_scores
+from common.models.sequences import SequenceBatch, pad_sequences
 from common.text import split_queries
 from study.controls import Control, copy_last, popularity, user_frequent
 

@@ -14,7 +14,8 @@ from baselines.dpo.loss import PreferenceLoss, dpo_loss
 from baselines.dpo.pairs import Pair, PairCollator
 from common.engine import distributed
 from common.engine.trainer import RecipeTrainer
-from common.models.sequences import SequenceBatch, response_scores
+from common.models.response_scores import response_scores
+from common.models.sequences import SequenceBatch
 from common.progress import progress
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from common.errors import InputError
 from common.generation.sampling import Sampling, uniform_table
 from common.generation.step import DecodeStep
-from common.models.sequences import accepts
+from common.models.layouts import accepts
 
 PROMPT_TOKENS = 8192  # of a block of prompts, padding included: what reading them may need at once
 LOOK_EVERY = 8  # passes on CUDA between two looks at what was drawn

@@ -13,8 +13,8 @@ from common.alignment import TokenDecoder
 from common.errors import InputError
 from common.generation.decode import AnyRank, CountEnded, Decoder, check_decodable, uncounted
 from common.generation.sampling import Sampling
+from common.models.layouts import without_wrapper
 from common.models.loading import end_token_ids
-from common.models.sequences import without_wrapper
 
 
 class Generated(NamedTuple):

@@ -15,9 +15,9 @@ from common.alignment import Span
 from common.data.prompts import PromptBuilder
 from common.data.records import Event
 from common.errors import InputError
+from common.models.layouts import accepts
 from common.models.loading import check_vocabulary
 from common.models.reward_options import RewardInputOptions
-from common.models.sequences import accepts
 from common.text import Word, split_words
 
 _NO_SPAN: Span = (0.0, 0.0)

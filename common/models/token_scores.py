@@ -19,17 +19,19 @@ VOCABULARY_PIECE = 8192
 
 
 def token_scores_from_logits(
-    logits: Tensor, ids: Tensor, temperature: float, entropy_gradient: bool = False
+    logits: Tensor, ids: Tensor, temperature: float, entropy_gradient: bool = False, index: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of `ids` (M,) and entropy, both (M,) fp32, under `softmax(logits / temperature)`; logits (M, V).
+    """Log-prob of `ids` (M,) and entropy, both (M,) fp32, under `softmax(logits / temperature)`.
 
-    Gradients flow to the log-probs, and to the entropy if asked to.
+    Token m is judged by row `index[m]` of the logits (U, V), without an `index` by row m. Gradients flow to the
+    log-probs, and to the entropy if asked to.
     """
     logprobs = (logits.float() / temperature).log_softmax(-1)
-    chosen = logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return chosen, entropy
+    if index is not None:
+        return logprobs[index, ids], entropy[index]
+    return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), entropy
 
 
 def token_scores_from_hidden(

@@ -14,19 +14,23 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from common.config import LoraOptions, ModelOptions
 from common.errors import InputError
 from common.models.kernels import apply_liger
+from common.models.layouts import Layout, ModelRows, hidden_of_predictions, lay_out
 from common.models.loading import apply_lora, check_machine, merged_copy, without_dropout
-from common.models.sequences import SequenceBatch, hidden_of_predictions, unflattened
+from common.models.sequences import SequenceBatch, unflattened
 
 VALUE_HEAD_NAME = "value_head.safetensors"
 
 
 class ValueModel(nn.Module):
-    """Trunk and linear value head; `forward` gives V(s_t) for each response token t."""
+    """Trunk and linear value head; `forward` gives V(s_t) for each response token t.
 
-    def __init__(self, trunk: PreTrainedModel, packed: bool = False) -> None:
+    `layout` says how the trunk reads a batch (`common.models.layouts`).
+    """
+
+    def __init__(self, trunk: PreTrainedModel, layout: Layout = "padded") -> None:
         super().__init__()
         self.trunk: PreTrainedModel | PeftModel = trunk
-        self._packed = packed
+        self.layout: Layout = layout
         config = trunk.config.get_text_config()
         # OPT-350m's hidden states leave the trunk at the width of its embeddings.
         hidden_size = getattr(config, "word_embed_proj_dim", config.hidden_size)
@@ -37,8 +41,12 @@ class ValueModel(nn.Module):
 
     def forward(self, batch: SequenceBatch) -> torch.Tensor:
         """Values (B, T) in fp32, 0 where masked: V_t is read at position P + t - 1, before token t is there."""
-        hidden = hidden_of_predictions(self.trunk, batch, self._packed)
-        return unflattened(self.value_head(hidden).squeeze(-1).float(), batch)
+        return self.values_of_rows(lay_out(batch, self.layout))
+
+    def values_of_rows(self, rows: ModelRows) -> torch.Tensor:
+        """`forward` of a batch that is laid out already."""
+        hidden = hidden_of_predictions(self.trunk, rows)
+        return unflattened(self.value_head(hidden).squeeze(-1).float(), rows.response_mask)
 
     def apply_lora(self, options: LoraOptions) -> None:
         """Freeze the trunk and train adapters on its linear layers beside the head, which keeps all its weights.
@@ -53,7 +61,7 @@ class ValueModel(nn.Module):
 
 
 def load_value_model(
-    path: str | Path, options: ModelOptions, packed: bool = False, lora: LoraOptions | None = None
+    path: str | Path, options: ModelOptions, lora: LoraOptions | None = None
 ) -> ValueModel:
     """A critic on the trunk of the model at `path`, with a fresh value head, and with `lora` adapters on the trunk.
 
@@ -81,7 +89,7 @@ def load_value_model(
         )
     if options.liger:
         apply_liger(trunk)
-    model = ValueModel(trunk, packed)
+    model = ValueModel(trunk)
     model.value_head.to(dtype)
     if lora is not None:
         # After the head has been drawn, so that values begin as those of the same run without adapters.

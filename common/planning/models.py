@@ -13,8 +13,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClass
 
 from common.config import LoraOptions, ModelOptions
 from common.models.kernels import settle_dtype
+from common.models.layouts import without_wrapper
 from common.models.loading import DTYPES, apply_lora, load_model_config
-from common.models.sequences import without_wrapper
 from common.models.token_reward import output_names
 from common.models.token_scores import VOCABULARY_PIECE
 from common.models.value_model import ValueModel

@@ -15,7 +15,9 @@ from common.engine.memory import cache_bytes
 from common.generation.decode import PROMPT_TOKENS
 from common.generation.sampling import Sampling
 from common.generation.step import DecodeStep
-from common.models.sequences import ScoringWay, SequenceBatch, accepts, response_scores, without_wrapper
+from common.models.layouts import ModelRows, accepts, lay_out, without_wrapper
+from common.models.response_scores import scores_of_rows
+from common.models.sequences import SequenceBatch
 from common.planning.models import ModelSpec, gives_own_logits, meta_model
 from common.planning.tracking import PassTracker
 
@@ -39,11 +41,13 @@ class Decoding(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Sequences of one length: a prompt's tokens and a response's."""
+    """Sequences of one length: a prompt's tokens and a response's; `samples` responses to a prompt are read with it in
+    one row."""
 
     rows: int
     prompt: int
     response: int
+    samples: int = 1
 
     @property
     def length(self) -> int:
@@ -54,8 +58,8 @@ class Rows(NamedTuple):
 @lru_cache(maxsize=256)
 def scoring_pass(spec: ModelSpec, rows: Rows) -> Pass:
     """A pass without gradients that gives each response token's log-prob, or value."""
-    model, score = meta_model(spec).eval(), _score(spec, rows)
-    with torch.no_grad(), _linear_of(spec), PassTracker(rows.rows * rows.response) as tracker:
+    model, score = meta_model(spec).eval(), _score(spec, meta_rows(rows))
+    with torch.no_grad(), _linear_of(spec), PassTracker(_selected(rows)) as tracker:
         score(model)
     return Pass(tracker.peak, tracker.flops)
 
@@ -63,8 +67,8 @@ def scoring_pass(spec: ModelSpec, rows: Rows) -> Pass:
 @lru_cache(maxsize=256)
 def update_pass(spec: ModelSpec, rows: Rows) -> Pass:
     """A forward and a backward pass of PPO."""
-    score = _score(spec, rows)
-    return training_pass(spec, lambda model: score(model).sum(), rows.rows * rows.response)
+    score = _score(spec, meta_rows(rows))
+    return training_pass(spec, lambda model: score(model).sum(), _selected(rows))
 
 
 def training_pass(
@@ -130,19 +134,33 @@ def decoding(spec: ModelSpec, prompts: Rows, samples: int, limit: int) -> Decodi
     return Decoding(cache, read, draw, -(-prompts.rows // count), waves * prompts.response)
 
 
-def meta_batch(rows: Rows) -> SequenceBatch:
-    """A batch of `rows` without padding."""
-    ids, mask = (torch.zeros(rows.rows, rows.length, dtype=torch.long, device="meta") for _ in range(2))
-    responses = torch.zeros(rows.rows, rows.response, dtype=torch.bool, device="meta")
-    return SequenceBatch(ids, mask, mask.bool(), responses)
+def meta_rows(rows: Rows) -> ModelRows:
+    """A batch of `rows` without padding, as a model reads it. It is laid out for real, because what a mask selects
+    cannot be told without storage."""
+    samples = min(rows.samples, rows.rows)
+    lengths = torch.full((rows.rows, 1), rows.length)
+    columns = torch.arange(rows.length)
+    batch = SequenceBatch(
+        input_ids=torch.zeros(rows.rows, rows.length, dtype=torch.long),
+        attention_mask=(columns < lengths).long(),
+        predicting=(columns >= rows.prompt - 1) & (columns < lengths - 1),
+        response_mask=torch.ones(rows.rows, rows.response, dtype=torch.bool),
+        prompt_index=torch.arange(rows.rows) // samples,
+    )
+    return lay_out(batch, "shared" if samples > 1 else "padded").to("meta")
 
 
-def _score(spec: ModelSpec, rows: Rows) -> Callable[[nn.Module], Tensor]:
-    batch = meta_batch(rows)
+def _score(spec: ModelSpec, rows: ModelRows) -> Callable[[nn.Module], Tensor]:
     if spec.kind == "value_model":
-        return lambda model: model(batch)
-    way = ScoringWay(in_pieces=gives_own_logits(spec))
-    return lambda model: response_scores(model, model, batch, 1.0, way).logprobs
+        return lambda model: model.values_of_rows(rows)
+    chunks = gives_own_logits(spec)
+    return lambda model: scores_of_rows(model, model, rows, 1.0, chunks).logprobs
+
+
+def _selected(rows: Rows) -> int:
+    """Positions at which the response tokens are predicted: a shared prompt's last one is one for all of them."""
+    samples = min(rows.samples, rows.rows)
+    return rows.rows * (rows.response - 1) + -(-rows.rows // samples)
 
 
 def _let_go(parameter: nn.Parameter) -> None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from common.models.sequences import ScoringWay, pad_sequences, response_scores
+from common.models.layouts import LAYOUTS, Layout
+from common.models.response_scores import ScoringOptions, response_scores
+from common.models.sequences import pad_sequences
 from common.models.token_scores import (
     gives_logits_of_its_head,
     token_scores_from_hidden,
@@ -50,13 +52,14 @@ def ragged_batch():
     return pad_sequences(prompts, responses, 0, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("way", [ScoringWay(packed=True), ScoringWay(in_pieces=True), ScoringWay(True, True)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("chunks", [False, True])
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-def test_every_way_of_scoring_gives_the_same_scores_and_gradients(way: ScoringWay, kernel: str) -> None:
+def test_every_layout_gives_the_same_scores_and_gradients(layout: Layout, chunks: bool, kernel: str) -> None:
     batch = ragged_batch()
     along = torch.randn(batch.response_mask.shape, generator=torch.Generator().manual_seed(3))
     found = []
-    for each in (ScoringWay(), way):
+    for each in (ScoringOptions(), ScoringOptions(layout, chunks)):
         model = tiny_llama(tie_word_embeddings=False, attn_implementation=kernel)
         scores = response_scores(model, model, batch, 0.7, each, entropy_gradient=True)
         (scores.logprobs * along + scores.entropy * along.square()).sum().backward()
@@ -70,7 +73,7 @@ def test_every_way_of_scoring_gives_the_same_scores_and_gradients(way: ScoringWa
 
 def test_a_packed_critic_gives_the_same_values() -> None:
     batch = ragged_batch()
-    padded, packed = ValueModel(tiny_llama().model).eval(), ValueModel(tiny_llama().model, packed=True).eval()
+    padded, packed = ValueModel(tiny_llama().model).eval(), ValueModel(tiny_llama().model, "packed").eval()
     packed.load_state_dict(padded.state_dict())
     torch.testing.assert_close(padded(batch), packed(batch), **TOLERANCE)
 

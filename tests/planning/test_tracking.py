@@ -13,7 +13,8 @@ from torch.nn import functional
 from benchmarks.flops import Sizes, forward_flops
 from common.generation.sampling import Sampling
 from common.generation.step import DecodeStep
-from common.models.sequences import pad_sequences, response_scores
+from common.models.response_scores import response_scores
+from common.models.sequences import pad_sequences
 from common.planning.models import ModelSpec, meta_model, weights_of
 from common.planning.passes import Rows, decoding, scoring_pass, update_pass
 from common.planning.tracking import PassTracker

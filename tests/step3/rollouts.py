@@ -40,7 +40,7 @@ def made_rollout(
         parts=[
             TokenRewards(list(row), *([0.0] * len(row) for _ in range(3)), [NO_LINE] * len(row)) for row in rewards
         ],
-        batch=batch, old_logprobs=zeros, reference_logprobs=zeros, checked=batch.response_mask, mismatch=zeros,
-        entropy=zeros, kl=zeros, values=zeros,
+        batch=batch, sampled_logprobs=zeros, old_logprobs=zeros, pending=torch.zeros(shape[0], dtype=torch.bool),
+        reference_logprobs=zeros, kl=zeros, values=zeros, judged=None,
         rewards=torch.tensor([[*row, *[0.0] * (shape[1] - len(row))] for row in rewards]), seconds={},
     )  # fmt: skip

@@ -52,10 +52,11 @@ def test_an_exploding_kl_ends_the_run() -> None:
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
 def test_all_ranks_end_together_when_the_kl_explodes(inputs: Path, tmp_path: Path) -> None:
-    ended = run(inputs, tmp_path / "run", "--max_kl", "1e-9", "--save_steps", "1")
+    ended = run(inputs, tmp_path / "run", "--max_kl", "1e-4", "--save_steps", "1")
     assert [status for status, _ in ended] == [3, 3]
-    assert all("above --max_kl 1e-09; the last checkpoint is kept" in error for _, error in ended)
-    # The actor is the reference until its warm-up is over: that step is saved, the one that diverged is not.
+    assert all("above --max_kl 0.0001; the last checkpoint is kept" in error for _, error in ended)
+    # The actor is the reference, but for rounding, until its warm-up is over. That step is saved, the one that diverged
+    # is not.
     steps = [row["step"] for row in numbers(tmp_path / "run")]
     saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert saved[-1] == f"step_{steps[-1]:08d}" and len(steps) >= 2

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from common.config import ModelOptions
-from common.models.sequences import SequenceBatch, pad_sequences, response_scores, score_in_blocks
+from common.models.response_scores import response_scores
+from common.models.sequences import SequenceBatch, pad_sequences, score_in_blocks
 from common.models.token_reward import load_token_reward_model
 from common.models.value_model import ValueModel, load_value_model
 from tests.tiny_models import tiny_llama

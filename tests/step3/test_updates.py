@@ -12,7 +12,8 @@ from common.engine.accumulation import accumulate
 from common.engine.hybrid import HybridEngine
 from common.generation.sampling import Sampling
 from common.models.loading import apply_lora
-from common.models.sequences import SequenceBatch, pad_sequences, response_scores
+from common.models.response_scores import response_scores
+from common.models.sequences import SequenceBatch, pad_sequences
 from step3_tppo.losses import k1_kl, policy_loss, token_denominator
 from tests.distributed.ranks import run_on_ranks
 from tests.tiny_models import SEQUENCES, ordinary_tokenizer, tiny_llama, zero_engine
