@@ -37,8 +37,8 @@ def test_killed_and_resumed_equals_undisturbed(inputs: Path, tmp_path: Path) -> 
     assert_equal_runs(killed, straight)
 
     first, *_, last = numbers(straight)
-    assert first["kl/per_sequence"] == 0.0  # the critic warms up, the actor is still the reference
-    assert last["kl/per_sequence"] != 0.0
+    # The critic warms up, the actor is still the reference: only decoding rounds otherwise than a pass.
+    assert abs(first["kl/per_sequence"]) < 1e-5 < abs(last["kl/per_sequence"])
     model = AutoModelForCausalLM.from_pretrained(straight / "model")
     tokenizer = AutoTokenizer.from_pretrained(straight / "model")
     assert model.config.eos_token_id == tokenizer.eos_token_id == 0
@@ -60,7 +60,7 @@ def test_lora_in_the_sharded_path_needs_no_reference_and_leaves_adapters(inputs:
         "--total_steps", "2", "--gradient_checkpointing",
     )
     rows = numbers(tmp_path / "lora")
-    assert rows[0]["kl/per_sequence"] == 0.0
+    assert abs(rows[0]["kl/per_sequence"]) < 1e-5
     assert (tmp_path / "lora" / "model" / "adapter" / "adapter_model.safetensors").is_file()
     AutoModelForCausalLM.from_pretrained(tmp_path / "lora" / "model")
 

@@ -18,8 +18,9 @@ from tests.step3.runs import command, numbers, run_main, run_successfully
 
 pytestmark = pytest.mark.distributed
 
-# Three epochs over a rollout at a large learning rate: ratios leave the clip range.
-BASE = ("--ppo_epochs", "3", "--target_kl", "0", "--tensorboard", "false")
+# Three epochs over a rollout at a large learning rate: ratios leave the clip range. Recomputed log-probs of an
+# unchanged actor are those of the reference to the last bit.
+BASE = ("--ppo_epochs", "3", "--target_kl", "0", "--old_logprobs", "recomputed", "--tensorboard", "false")
 OPTIONS = {
     "clip_higher": ("--clip_range_high", "2.0"),
     "dual_clip": ("--dual_clip", "1.01", "--clip_range", "0.01"),
