@@ -175,7 +175,8 @@ def _rollout(config: Step3Config, models: Models, folder: Path, shape: Shape, to
         repeated = [prompt for prompt in prompts for _ in range(shape.samples)]
         # Whatever was drawn, rows of full length are scored: the plan's are.
         responses = [(response.ids * shape.answer_tokens)[: shape.answer_tokens] for response in generated]
-        batch = pad_sequences(repeated, responses, tokenizer.pad_token_id, actor.device)
+        samples = shape.samples if models.scoring.layout == "shared" else 1
+        batch = pad_sequences(repeated, responses, tokenizer.pad_token_id, actor.device, samples)
         every = torch.arange(len(responses), device=actor.device)
         blocks = batch.by_length(every, config.scoring_batch_size)
         score_in_blocks(batch, blocks, lambda block: response_scores(actor, actor, block, 1.0, models.scoring))
@@ -215,7 +216,7 @@ def _config(folder: Path, case: Case) -> Step3Config:
         actor_path=str(folder / "sft"), reward_path=str(folder / "reward"), data_dir=str(folder / "data"),
         output_dir=str(folder / "run"), max_prompt_tokens=shape.prompt_tokens, max_response_tokens=shape.answer_tokens,
         rollout_batch_size=shape.prompts, samples_per_prompt=shape.samples, mini_batch_size=responses,
-        **{"micro_batch_size": 4, "hybrid_weights": "gathered"} | settings,
+        **{"micro_batch_size": 4, "hybrid_weights": "gathered", "old_logprobs": "recomputed"} | settings,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from common.engine.hybrid import HybridEngine
 from common.engine.memory import cache_bytes, free_bytes, gathered_bytes, weights_that_fit
 from common.errors import InputError
 from common.generation.decode import check_decodable
-from common.models.layouts import Layout, why_not_shared, without_wrapper
+from common.models.layouts import Layout, forward_arguments, lay_out, why_not_shared, without_wrapper
 from common.models.loading import (
     apply_lora,
     causal_lm_skeleton,
@@ -32,7 +32,12 @@ from common.models.loading import (
 )
 from common.models.response_scores import ScoringOptions, response_scores
 from common.models.sequences import SequenceBatch
-from common.models.token_reward import TokenRewardModel, load_token_reward_scorer, token_classifier_skeleton
+from common.models.token_reward import (
+    TokenRewardModel,
+    load_token_reward_scorer,
+    reads_causally,
+    token_classifier_skeleton,
+)
 from common.models.token_scores import VOCABULARY_PIECE, gives_logits_of_its_head
 from common.models.value_model import load_value_model
 from step3_tppo.config import DORA_NEEDS_WHOLE_WEIGHTS, Step3Config
@@ -91,6 +96,7 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
     _choose_weights(models, config)
     layout = _choose_layout(models, config)
     models.critic.module.layout = layout
+    scorer.shares_prompts = layout == "shared" and _reward_model_shares(models)
     return models._replace(scoring=ScoringOptions(layout, chunks=_scores_in_chunks(models.actor)))
 
 
@@ -186,6 +192,19 @@ def _choose_layout(models: Models, config: Step3Config) -> Layout:
     message = f"every prompt is read once for each of its responses: {reason}"
     distributed.on_main_first(lambda: print(message, flush=True))
     return "padded"
+
+
+def _reward_model_shares(models: Models) -> bool:
+    """Whether the reward model can read a prompt once: one that reads both ways cannot, its prompt would see the
+    responses."""
+    if not reads_causally(models.reward.module):
+        return False
+
+    def read(batch: SequenceBatch, layout: Layout) -> None:
+        models.reward.module(**forward_arguments(models.reward.module, lay_out(batch, layout)))
+
+    with models.reward.inference() as module:
+        return not why_not_shared(module, read)
 
 
 def _scores_in_chunks(actor: HybridEngine) -> bool:

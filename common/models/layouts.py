@@ -37,7 +37,8 @@ class ModelRows(NamedTuple):
     `position_ids` is None where positions are the columns. `segments` is None where causal attention is all that is
     needed; else it names the part of a row that a token belongs to: the prompt, a response, or padding. `keep` (R, W)
     bool marks where response tokens are predicted. `index` (M,) is the number of the kept position that predicts each
-    response token, because the last position of a shared prompt predicts n of them; None: one after the other.
+    response token, because the last position of a shared prompt predicts n of them; None: one after the other. Rows
+    that are read at the response tokens themselves have these in `keep` and `index`.
     `response_ids` (M,) are the response tokens, row by row of the batch, whose `response_mask` (B, T) is here too.
     `positions` is more than the highest position.
     """
@@ -56,23 +57,27 @@ class ModelRows(NamedTuple):
         return ModelRows(*(item.to(device) if isinstance(item, torch.Tensor) else item for item in self))
 
 
-def lay_out(batch: SequenceBatch, layout: Layout) -> ModelRows:
-    """The batch in one of the layouts."""
+def lay_out(batch: SequenceBatch, layout: Layout, at_tokens: bool = False) -> ModelRows:
+    """The batch in one of the layouts.
+
+    A model is read where response tokens are predicted, or with `at_tokens` at the response tokens themselves, as a
+    token classifier is.
+    """
+    read = batch.predicting.roll(1, dims=1) if at_tokens else batch.predicting
     rest = batch.response_ids, batch.response_mask, batch.input_ids.shape[1]
     if layout == "shared":
-        return ModelRows(*_shared(batch), *rest)
+        return ModelRows(*_shared(batch, read), *rest)
     if layout == "packed":
         real = batch.attention_mask.bool()
         ids, positions, keep = (
-            tensor[real].unsqueeze(0)
-            for tensor in (batch.input_ids, batch.attention_mask.cumsum(1) - 1, batch.predicting)
+            tensor[real].unsqueeze(0) for tensor in (batch.input_ids, batch.attention_mask.cumsum(1) - 1, read)
         )
         return ModelRows(ids, positions, None, keep, None, *rest)
-    return ModelRows(batch.input_ids, None, None, batch.predicting, None, *rest)
+    return ModelRows(batch.input_ids, None, None, read, None, *rest)
 
 
-def _shared(batch: SequenceBatch) -> tuple[torch.Tensor, ...]:
-    """The first five fields of `ModelRows`."""
+def _shared(batch: SequenceBatch, read: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The first five fields of `ModelRows`, read at the marked positions (B, L)."""
     prompt_lengths, response_lengths = batch.prompt_lengths, batch.response_mask.sum(1)
     prompts, row = batch.prompt_index.unique(return_inverse=True)
     earlier = (row.unsqueeze(1) == row).tril(-1)  # (B, B): the responses that stand before one in its row
@@ -88,7 +93,7 @@ def _shared(batch: SequenceBatch) -> tuple[torch.Tensor, ...]:
         flat = values.new_full((len(prompts) * width,), fill)
         return flat.scatter(0, places[real], values[real]).view(len(prompts), width)
 
-    read_at = places[batch.predicting]
+    read_at = places[read]
     keep = torch.zeros(len(prompts) * width, dtype=torch.bool, device=row.device).index_fill(0, read_at, True)
     return (
         scattered(batch.input_ids, 0),

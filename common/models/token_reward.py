@@ -24,11 +24,13 @@ from common.data.records import Event
 from common.errors import InputError, TrainingDiverged, one_line
 from common.files import read_json, write_json
 from common.models.kernels import apply_liger, settle_dtype
+from common.models.layouts import forward_arguments, lay_out
 from common.models.loading import DTYPES, check_machine, load_fast_tokenizer, load_model_config
 from common.models.query_score import QueryRule, compose_query_scores
 from common.models.reward_encoder import EncodedResponse, RewardEncoder
 from common.models.reward_losses import judges_words, predicted_sentences, without_class_weights
 from common.models.reward_options import MAX_SCORE, RewardInputOptions
+from common.models.sequences import pad_sequences
 from common.text import split_queries
 
 SETTINGS_NAME = "token_reward.json"
@@ -68,15 +70,14 @@ class TokenRewardModel:
         self.encoder = encoder
         self._class_weights = None if class_weights is None else torch.tensor(class_weights)
         self._query_rule = query_rule
+        self.shares_prompts = False
 
     @torch.no_grad()
     def score(self, histories: Sequence[Sequence[Event]], responses: Sequence[str]) -> RewardScores:
         """Word and sentence scores of one batch. Raises `TrainingDiverged` when a score is not finite."""
         encoded = [self.encoder.encode(*pair) for pair in zip(histories, responses, strict=True)]
-        batch = self.encoder.collate([item.tokens for item in encoded])
-        device = next(self.module.parameters()).device
         self.module.eval()
-        logits = self.module(**{key: value.to(device) for key, value in batch.items()}).logits.float().cpu()
+        logits = self._shared_logits(encoded) if self.shares_prompts else self._logits(encoded)
         if not logits.isfinite().all():
             raise TrainingDiverged("the reward model gives scores that are not finite; look at step 2's metrics")
         if self._class_weights is not None:
@@ -95,6 +96,31 @@ class TokenRewardModel:
                 words.append([MAX_SCORE * queries[-1][word.line] if is_seen else 0.0 for word, is_seen in rows])
             missing += seen.count(False)
         return RewardScores(words, queries, missing)
+
+    def _logits(self, encoded: Sequence[EncodedResponse]) -> torch.Tensor:
+        batch = self.encoder.collate([item.tokens for item in encoded])
+        device = next(self.module.parameters()).device
+        return self.module(**{key: value.to(device) for key, value in batch.items()}).logits.float().cpu()
+
+    def _shared_logits(self, encoded: Sequence[EncodedResponse]) -> torch.Tensor:
+        """`_logits` where tokens of a response are, and 0 elsewhere, from rows that hold a history once."""
+        ids = [item.tokens.input_ids.tolist() for item in encoded]
+        # A response without a token leaves a row its last token, because no part of a row may be empty.
+        begins = [
+            int(item.tokens.in_response.argmax()) if item.tokens.in_response.any() else len(item.tokens.input_ids) - 1
+            for item in encoded
+        ]
+        prompts = [tuple(row[:begin]) for row, begin in zip(ids, begins, strict=True)]
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        responses = [row[begin:] for row, begin in zip(ids, begins, strict=True)]
+        device = next(self.module.parameters()).device
+        batch = pad_sequences(prompts, responses, 0, device)
+        batch = batch._replace(prompt_index=torch.tensor([numbers[prompt] for prompt in prompts], device=device))
+        rows = lay_out(batch, "shared", at_tokens=True)
+        found = self.module(**forward_arguments(self.module, rows)).logits[rows.keep][rows.index].float().cpu()
+        logits = found.new_zeros(*batch.input_ids.shape, found.shape[-1])
+        logits[batch.predicting.roll(1, dims=1).cpu()] = found
+        return logits
 
 
 def word_probabilities(logits: torch.Tensor, encoded: EncodedResponse) -> torch.Tensor:

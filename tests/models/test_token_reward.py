@@ -324,6 +324,27 @@ def test_one_forward_call_a_batch_and_missing_words_are_counted(folders: dict[st
     assert scorer.score([HISTORY], ["shoes"]).words == [pytest.approx(scores.words[2], abs=1e-5)]
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
+def test_a_causal_model_reads_a_history_once_for_all_its_responses(folders: dict[str, str], kind: str) -> None:
+    model = load_token_reward_model(folders[kind], SDPA).eval()
+    scorer = TokenRewardModel(model, RewardEncoder(load_fast_tokenizer(folders[kind]), INPUTS, model))
+    histories = [HISTORY, HISTORY[:1], HISTORY, HISTORY, HISTORY[:1]]
+    responses = [*RESPONSES[:3], "", "best running shoes"]
+    plain = scorer.score(histories, responses)
+    read: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    scorer.shares_prompts = True
+    shared = scorer.score(histories, responses)
+    assert shared.words == [pytest.approx(words, abs=1e-5) for words in plain.words]
+    assert shared.queries == [pytest.approx(queries, abs=1e-5) for queries in plain.queries]
+    assert shared.missing == plain.missing
+    scorer.shares_prompts = False
+    scorer.score(histories, responses)
+    assert read[0] < 0.8 * read[1]
+
+
 def test_saved_and_loaded_scorer_gives_the_same_scores(folders: dict[str, str], tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"
     template.write_text("{% for event in events %}* {{ event.text }}\n{% endfor %}")

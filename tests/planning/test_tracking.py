@@ -13,7 +13,7 @@ from torch.nn import functional
 from benchmarks.flops import Sizes, forward_flops
 from common.generation.sampling import Sampling
 from common.generation.step import DecodeStep
-from common.models.response_scores import response_scores
+from common.models.response_scores import ScoringOptions, response_scores
 from common.models.sequences import pad_sequences
 from common.planning.models import ModelSpec, meta_model, weights_of
 from common.planning.passes import Rows, decoding, scoring_pass, update_pass
@@ -92,19 +92,23 @@ def test_checkpointing_holds_less_and_computes_more(llama: str) -> None:
     assert 1.1 < checkpointed.flops / plain.flops < 1.34  # at most one forward pass more, a third of the rest
 
 
+@pytest.mark.parametrize("samples", [1, 4])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_a_training_pass_takes_what_torchs_allocator_gives_it(llama: str, gradient_checkpointing: bool) -> None:
-    rows = Rows(8, 200, 40)
+def test_a_training_pass_takes_what_torchs_allocator_gives_it(
+    llama: str, gradient_checkpointing: bool, samples: int
+) -> None:
+    rows = Rows(8, 200, 40, samples)
     spec = ModelSpec(llama, "causal_lm", gradient_checkpointing=gradient_checkpointing)
     model = tiny_llama(**WIDE)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     for parameter in model.train().parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    batch = pad_sequences([[5] * rows.prompt] * 8, [[6] * rows.response] * 8, 1, torch.device("cpu"))
+    batch = pad_sequences([[5] * rows.prompt] * 8, [[6] * rows.response] * 8, 1, torch.device("cpu"), samples)
+    options = ScoringOptions("shared" if samples > 1 else "padded")
 
     def train() -> None:
-        response_scores(model, model, batch, 1.0).logprobs.sum().backward()
+        response_scores(model, model, batch, 1.0, options).logprobs.sum().backward()
 
     train()
     # Kernels keep a little for themselves, which a pass without storage cannot see: 2 %.
