@@ -29,13 +29,17 @@ def forward_flops(sizes: Sizes, begin: int, end: int, logits: int = 0) -> float:
 
 
 def tppo_step_flops(sizes: Sizes, prompts: int, samples: int, prompt_tokens: int, answer_tokens: int) -> float:
-    """Of a whole step with one pass of updates: sampling (each prompt read once), old log-probs, reference, critic,
-    reward model, and the updates of actor and critic, whose backward passes cost two forward passes."""
+    """Of a whole step with one pass of updates: sampling, reference, critic, reward model, and the updates of actor and
+    critic, whose backward passes cost two forward passes.
+
+    Each prompt is read once for all its answers, but by the reward model, which reads both ways: its prompts see their
+    answers. Old log-probs are those of sampling.
+    """
     whole = prompt_tokens + answer_tokens
     responses = prompts * samples
-    sampling = prompts * forward_flops(sizes, 0, prompt_tokens)
-    sampling += responses * forward_flops(sizes, prompt_tokens, whole - 1, logits=answer_tokens)
-    with_logits = forward_flops(sizes, 0, whole, logits=answer_tokens)
-    without = forward_flops(sizes, 0, whole)
-    scoring = responses * (2 * with_logits + 2 * without)
-    return sampling + scoring + 3 * responses * (with_logits + without)
+    read = prompts * forward_flops(sizes, 0, prompt_tokens)
+    sampling = read + responses * forward_flops(sizes, prompt_tokens, whole - 1, logits=answer_tokens)
+    with_logits = read + responses * forward_flops(sizes, prompt_tokens, whole, logits=answer_tokens)
+    without = read + responses * forward_flops(sizes, prompt_tokens, whole)
+    reward = responses * forward_flops(sizes, 0, whole)
+    return sampling + reward + 4 * (with_logits + without)

@@ -24,7 +24,7 @@ import torch
 from benchmarks.flops import Sizes
 from benchmarks.measuring import on_ranks, read_switches, save
 from benchmarks.models import query_tokenizer, random_llama
-from benchmarks.step3 import Shape, prepare, tppo_steps
+from benchmarks.step3 import Setup, Shape, prepare, tppo_steps
 from common.engine.memory import cache_bytes
 from common.errors import run_command
 from common.generation.sampling import Sampling, uniform_table
@@ -46,7 +46,7 @@ def main() -> None:
             shape = Shape(4, min(shape.samples, 2), shape.prompt_tokens // 8, 16)
         with tempfile.TemporaryDirectory() as folder:
             prepare(Path(folder), shape, **sizes)
-            step = on_ranks(tppo_steps, 1, folder, "run", torch.get_num_threads(), 0, shape)
+            step = on_ranks(tppo_steps, 1, folder, "run", Setup(threads=torch.get_num_threads()), shape, 4)
         seconds = statistics.median(step["seconds"])
         share = step["flops"] / step["peak_flops"] / seconds
         found["steps"][name] = {"seconds": seconds, "useful_flop_share": round(share, 3), "phases": step["phases"]}

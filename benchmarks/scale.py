@@ -21,22 +21,22 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.measuring import RESULTS, on_ranks, read_switches, save
-from benchmarks.step3 import SHAPE, Shape, prepare, tppo_steps
+from benchmarks.step3 import Setup, Shape, prepare, tppo_steps
 from common.errors import run_command
 
 RANKS, STAGE, STEPS = 2, 3, 2
 WIDTHS = {128: 4, 256: 6, 384: 8}  # and layers
 AXES: dict[str, list[tuple[float, dict[str, int], Shape, int]]] = {
     "million weights of layers": [
-        (12 * width * width * layers / 1e6, _sizes, SHAPE, RANKS)
+        (12 * width * width * layers / 1e6, _sizes, Shape(), RANKS)
         for width, layers in WIDTHS.items()
         for _sizes in [{"hidden_size": width, "intermediate_size": 8 * width // 3, "num_hidden_layers": layers}]
     ],
     "tokens of a history": [
-        (tokens, {}, SHAPE._replace(prompt_tokens=tokens), RANKS) for tokens in (64, 128, 256, 512)
+        (tokens, {}, Shape()._replace(prompt_tokens=tokens), RANKS) for tokens in (64, 128, 256, 512)
     ],
-    "answers a prompt": [(samples, {}, SHAPE._replace(samples=samples), RANKS) for samples in (1, 2, 4, 8)],
-    "ranks": [(ranks, {}, SHAPE, ranks) for ranks in (1, 2, 4)],
+    "answers a prompt": [(samples, {}, Shape()._replace(samples=samples), RANKS) for samples in (1, 2, 4, 8)],
+    "ranks": [(ranks, {}, Shape(), ranks) for ranks in (1, 2, 4)],
 }
 
 
@@ -49,7 +49,7 @@ def main() -> None:
         for value, sizes, shape, ranks in points:
             with tempfile.TemporaryDirectory() as folder:
                 prepare(Path(folder), shape, **sizes)
-                step = on_ranks(tppo_steps, ranks, folder, "run", 1, STAGE, shape, STEPS)
+                step = on_ranks(tppo_steps, ranks, folder, "run", Setup(ranks, 1, STAGE), shape, STEPS)
             row = {
                 "value": value, "seconds": round(statistics.median(step["seconds"]), 3),
                 "peak_memory_mib": step["peak_memory_mib"],
@@ -58,7 +58,7 @@ def main() -> None:
             found[axis].append(row)
             print(axis, row, flush=True)
     draw(found)
-    save("scale", {"base": {**SHAPE._asdict(), "ranks": RANKS, "zero_stage": STAGE}, "axes": found})
+    save("scale", {"base": {**Shape()._asdict(), "ranks": RANKS, "zero_stage": STAGE}, "axes": found})
 
 
 def draw(found: dict[str, list[dict[str, Any]]]) -> None:

@@ -1,13 +1,14 @@
 """A whole TPPO step against a step of TRL's RLOO trainer, on the same model, prompts, samples and tokens.
 
-    pip install -r benchmarks/requirements.txt
-    python benchmarks/step3.py                 about 5 minutes on two cores
+    pip install --no-deps -r benchmarks/requirements.txt
+    python benchmarks/step3.py                 about 9 minutes on two cores
     python benchmarks/step3.py --profile       where the time of our step goes, kernel by kernel
 
 Ours rolls out, scores with four models and updates two; RLOO rolls out, scores with two and updates one, its reward
-being a Python function that costs nothing. Both take 8 prompts of up to 96 tokens, 4 samples of 32 tokens each, and
-update once. TRL runs in one process of two threads; ours the same way, and once more on two ranks of one core under
-ZeRO-3, as it would run on several GPUs.
+being a Python function that costs nothing. Both take 8 prompts with 4 samples each and update once: prompts of 96
+tokens with samples of 32, and (`query_shape`) prompts of 512 with samples of 24. TRL runs in one process of two threads.
+Ours runs the same way, and once more with padded rows, which repeat a prompt for each of its samples. The first shape
+also runs on two ranks of one core under ZeRO-3, as it would run on several GPUs.
 """
 
 from __future__ import annotations
@@ -44,10 +45,8 @@ from step3_tppo.models import Models, build_models
 from step3_tppo.rollout import RolloutMaker, reward_options
 from step3_tppo.trainer import TPPOTrainer
 
-RUNS, STEPS, WARMUP = 5, 4, 1
+RUNS, WARMUP = 5, 1
 CORES = 2
-# Ranks, threads of each, ZeRO stage.
-SETUPS = {"ours": (1, CORES, 0), "ours_two_ranks": (2, 1, 3)}
 
 
 class Shape(NamedTuple):
@@ -59,40 +58,74 @@ class Shape(NamedTuple):
     answer_tokens: int = 32
 
 
-SHAPE = Shape()
+class Setup(NamedTuple):
+    """How our step runs: ranks, threads of each, ZeRO stage, and how passes read finished responses."""
+
+    ranks: int = 1
+    threads: int = CORES
+    stage: int = 0
+    layout: str = "shared"
+
+
+class Workload(NamedTuple):
+    """A shape, the steps of a run that count, and how our step runs."""
+
+    shape: Shape
+    steps: int
+    setups: dict[str, Setup]
+
+
+OURS, UNSHARED = Setup(), Setup(layout="padded")
+WORKLOADS = {
+    "answers": Workload(Shape(), 3, {"ours": OURS, "unshared": UNSHARED, "ours_two_ranks": Setup(2, 1, 3)}),
+    "queries": Workload(Shape(8, 4, 512, 24), 1, {"ours": OURS, "unshared": UNSHARED}),
+}
 
 
 def main() -> None:
     """Alternate whole runs of both, then save ratios and utilisation."""
     profile = read_switches(__doc__, profile="Show where the time of our step goes, kernel by kernel.").profile
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder, SHAPE)
-        if profile:
-            print(on_ranks(profiled_steps, 1, str(folder)))
-            return
-        found: dict[str, list[Any]] = {name: [] for name in (*SETUPS, "trl_rloo")}
+    if profile:
+        for workload in WORKLOADS.values():
+            with tempfile.TemporaryDirectory() as folder:
+                prepare(Path(folder), workload.shape)
+                print(on_ranks(profiled_steps, 1, folder, workload.shape))
+        return
+    found = {name: measure(name, workload) for name, workload in WORKLOADS.items()}
+    save("step3", found["answers"] | {"query_shape": found["queries"]})
+
+
+def measure(name: str, workload: Workload) -> dict[str, Any]:
+    """Alternating runs of every setup and of TRL on one workload: ratios, utilization, and the runs themselves."""
+    runs: dict[str, list[Any]] = {setup: [] for setup in (*workload.setups, "trl_rloo")}
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), workload.shape)
         for run in range(RUNS):
-            for name, (ranks, threads, stage) in SETUPS.items():
-                found[name].append(on_ranks(tppo_steps, ranks, str(folder), f"{name}{run}", threads, stage, SHAPE))
-            found["trl_rloo"].append({"seconds": trl_steps(folder)})
-            medians = (f"{name} {statistics.median(runs[-1]['seconds']):.2f} s" for name, runs in found.items())
-            print(f"run {run}, a step:", *medians, flush=True)
-    seconds = {name: [statistics.median(run["seconds"]) for run in runs] for name, runs in found.items()}
-    shares = {
-        name: [run["flops"] / run["peak_flops"] / took for run, took in zip(found[name], seconds[name], strict=True)]
-        for name in SETUPS
+            for label, setup in workload.setups.items():
+                arguments = (folder, f"{label}{run}", setup, workload.shape, workload.steps)
+                runs[label].append(on_ranks(tppo_steps, setup.ranks, *arguments))
+            runs["trl_rloo"].append({"seconds": trl_steps(Path(folder), workload)})
+            medians = (f"{label} {statistics.median(of[-1]['seconds']):.2f} s" for label, of in runs.items())
+            print(f"{name}, run {run}, a step:", *medians, flush=True)
+    seconds = {label: [statistics.median(run["seconds"]) for run in of] for label, of in runs.items()}
+    ratios = {f"trl_rloo_seconds_over_{label}": median_ratio(seconds["trl_rloo"], seconds[label])
+              for label in workload.setups}  # fmt: skip
+    ratios["unshared_seconds_over_ours"] = median_ratio(seconds["unshared"], seconds["ours"])
+    return {
+        "ratios": ratios,
+        "seconds": {label: round(statistics.median(of), 3) for label, of in seconds.items()},
+        "useful_flop_utilisation": _utilization(runs["ours"], seconds["ours"]),
+        "switch_share": round(statistics.median(run["switch_share"] for run in runs[list(workload.setups)[-1]]), 4),
+        "shape": workload.shape._asdict(),
+        "setups": {label: setup._asdict() for label, setup in workload.setups.items()},
+        "runs": runs,
     }
-    theirs = seconds["trl_rloo"]
-    save("step3", {
-        "ratios": {f"trl_rloo_seconds_over_{name}": median_ratio(theirs, seconds[name]) for name in SETUPS},
-        "useful_flop_utilisation": round(statistics.median(shares["ours"]), 3),
-        "useful_flop_utilisation_two_ranks": round(statistics.median(shares["ours_two_ranks"]), 3),
-        "switch_share": round(statistics.median(run["switch_share"] for run in found["ours_two_ranks"]), 4),
-        "shape": SHAPE._asdict(),
-        "setups": SETUPS,
-        "runs": found,
-    })  # fmt: skip
+
+
+def _utilization(runs: list[Any], seconds: list[float]) -> float:
+    """Share of the GEMM peak that useful operations reach, the median over the runs."""
+    shares = (run["flops"] / run["peak_flops"] / took for run, took in zip(runs, seconds, strict=True))
+    return round(statistics.median(shares), 3)
 
 
 def prepare(folder: Path, shape: Shape, **sizes: int) -> None:
@@ -111,13 +144,11 @@ def prepare(folder: Path, shape: Shape, **sizes: int) -> None:
     write_jsonl(folder / "prompts.jsonl", ({"prompt": builder.text(example.history)} for example in examples))
 
 
-def tppo_steps(
-    folder: str, run: str, threads: int, stage: int, shape: Shape, steps: int = STEPS
-) -> dict[str, Any]:
+def tppo_steps(folder: str, run: str, setup: Setup, shape: Shape, steps: int) -> dict[str, Any]:
     """Seconds of each step after the first, useful FLOPs of a step, and the machine's peak with all ranks at it."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(setup.threads)
     cuda = torch.cuda.is_available()
-    trainer, config, models = _trainer(folder, run, stage, shape, steps)
+    trainer, config, models = _trainer(folder, run, setup, shape, steps)
     trainer.train()
     peak = gemm_peak(torch.bfloat16 if cuda else torch.float32)
     peak = distributed.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=models.actor.module.device))
@@ -134,17 +165,17 @@ def tppo_steps(
     }
 
 
-def profiled_steps(folder: str) -> str:
+def profiled_steps(folder: str, shape: Shape) -> str:
     """A table of the kernels of some steps, by the time that is their own."""
     torch.set_num_threads(CORES)
-    trainer, *_ = _trainer(folder, "profile", 0, SHAPE, STEPS)
+    trainer, *_ = _trainer(folder, "profile", OURS, shape, 2)
     with profile(activities=[ProfilerActivity.CPU]) as found:
         trainer.train()
     return found.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=45)
 
 
 def _trainer(
-    folder: str, run: str, stage: int, shape: Shape, steps: int
+    folder: str, run: str, setup: Setup, shape: Shape, steps: int
 ) -> tuple[TPPOTrainer, Step3Config, Models]:
     cuda = torch.cuda.is_available()
     config = Step3Config(
@@ -153,7 +184,8 @@ def _trainer(
         max_prompt_tokens=shape.prompt_tokens, max_response_tokens=shape.answer_tokens,
         rollout_batch_size=shape.prompts, samples_per_prompt=shape.samples,
         mini_batch_size=shape.prompts * shape.samples, micro_batch_size=16, scoring_batch_size=16,
-        total_steps=steps + WARMUP, critic_warmup_steps=0, save_steps=1_000, sample_steps=1_000, zero_stage=stage,
+        sequence_layout=setup.layout,
+        total_steps=steps + WARMUP, critic_warmup_steps=0, save_steps=1_000, sample_steps=1_000, zero_stage=setup.stage,
         tensorboard=False, dtype="bf16" if cuda else "fp32",
     )  # fmt: skip
     tokenizer = load_tokenizer(config.actor_path, False)
@@ -164,12 +196,13 @@ def _trainer(
     return TPPOTrainer(config, models, make_rollout, examples, device), config, models
 
 
-def trl_steps(folder: Path) -> list[float]:
+def trl_steps(folder: Path, workload: Workload) -> list[float]:
     """Seconds of each of TRL's steps after the first."""
+    shape = workload.shape
     command = [
-        sys.executable, "benchmarks/trl_rloo.py", "--folder", str(folder), "--steps", str(STEPS + WARMUP),
-        "--prompts", str(SHAPE.prompts), "--samples", str(SHAPE.samples),
-        "--answer_tokens", str(SHAPE.answer_tokens), "--batch", str(SHAPE.prompts * SHAPE.samples),
+        sys.executable, "benchmarks/trl_rloo.py", "--folder", str(folder), "--steps", str(workload.steps + WARMUP),
+        "--prompts", str(shape.prompts), "--samples", str(shape.samples),
+        "--answer_tokens", str(shape.answer_tokens), "--batch", str(shape.prompts * shape.samples),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": str(CORES), "TOKENIZERS_PARALLELISM": "false"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -21,7 +21,7 @@ import torch
 from benchmarks.generation import zero3_engine
 from benchmarks.measuring import on_ranks, peak_memory, read_switches, save, timed
 from benchmarks.models import query_tokenizer, random_llama
-from benchmarks.step3 import SHAPE, prepare, tppo_steps
+from benchmarks.step3 import Setup, Shape, prepare, tppo_steps
 from common.config import LoraOptions
 from common.engine import distributed
 from common.engine.adapters import merged_adapters
@@ -47,8 +47,8 @@ def main() -> None:
     ranks = 1 if torch.cuda.is_available() else 2
     switches = on_ranks(switch_seconds, ranks)
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), SHAPE)
-        step = on_ranks(tppo_steps, ranks, folder, "switch", 1, 3, SHAPE)
+        prepare(Path(folder), Shape())
+        step = on_ranks(tppo_steps, ranks, folder, "switch", Setup(ranks, 1, 3), Shape(), 4)
     memory = {mode: on_ranks(memory_of, ranks, mode) for mode in MODES}
     medians = {name: statistics.median(seconds) for name, seconds in switches.items()}
     step_seconds = statistics.median(step["seconds"])

@@ -42,10 +42,11 @@ def test_reading_in_two_parts_costs_as_much_as_at_once() -> None:
     assert forward_flops(sizes, 0, 11) + forward_flops(sizes, 11, 30, logits=4) == pytest.approx(whole)
 
 
-def test_a_step_is_four_scorings_two_updates_and_sampling_by_hand() -> None:
-    """One prompt of one token, one answer of one, no attention and no head: 2 FLOPs a weight and token."""
-    # Sampling reads the prompt's token; four models and three times two updates read both tokens.
-    assert tppo_step_flops(Sizes(1, 0, 0), 1, 1, 1, 1) == 2 * (1 + 4 * 2 + 3 * 2 * 2)
+def test_a_steps_passes_by_hand() -> None:
+    """One prompt of five tokens, two answers of one, no attention and no head: 2 FLOPs a weight and token."""
+    # Sampling reads the prompt, the reward model each answer with it; reference, critic and three times two updates
+    # read the prompt once and both answers.
+    assert tppo_step_flops(Sizes(1, 0, 0), 1, 2, 5, 1) == 2 * (5 + 2 * 6 + (2 + 3 * 2) * 7)
 
 
 def test_ratios_are_taken_run_by_run() -> None:
