@@ -33,9 +33,9 @@ AXES: dict[str, list[tuple[float, dict[str, int], Shape, int]]] = {
         for _sizes in [{"hidden_size": width, "intermediate_size": 8 * width // 3, "num_hidden_layers": layers}]
     ],
     "tokens of a history": [
-        (tokens, {}, Shape()._replace(prompt_tokens=tokens), RANKS) for tokens in (64, 128, 256, 512)
+        (tokens, {}, Shape(prompt_tokens=tokens), RANKS) for tokens in (64, 128, 256, 512)
     ],
-    "answers a prompt": [(samples, {}, Shape()._replace(samples=samples), RANKS) for samples in (1, 2, 4, 8)],
+    "answers a prompt": [(samples, {}, Shape(samples=samples), RANKS) for samples in (1, 2, 4, 8)],
     "ranks": [(ranks, {}, Shape(), ranks) for ranks in (1, 2, 4)],
 }
 

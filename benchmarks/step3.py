@@ -6,9 +6,9 @@
 
 Ours rolls out, scores with four models and updates two; RLOO rolls out, scores with two and updates one, its reward
 being a Python function that costs nothing. Both take 8 prompts with 4 samples each and update once: prompts of 96
-tokens with samples of 32, and (`query_shape`) prompts of 512 with samples of 24. TRL runs in one process of two threads.
-Ours runs the same way, and once more with padded rows, which repeat a prompt for each of its samples. The first shape
-also runs on two ranks of one core under ZeRO-3, as it would run on several GPUs.
+tokens with samples of 32, and (`query_shape`) prompts of 512 with samples of 24. TRL runs in one process of two
+threads. Ours runs the same way, and once more with padded rows, which repeat a prompt for each of its samples. The
+first shape also runs on two ranks of one core under ZeRO-3, as it would run on several GPUs.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def transformers_serve(model_folder: Path, log_folder: Path) -> Iterator[str]:
             stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, start_new_session=True,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 400
         while not _healthy(port):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.3)

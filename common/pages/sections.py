@@ -106,6 +106,11 @@ QUESTIONS: dict[str, tuple[Chart, ...]] = {
              "seconds/reward_scoring": "reward model", "seconds/switch": "gathering weights"},
         ),
         Chart(
+            "Imbalance of ranks", "share of the mean",
+            {"rollout/token_imbalance": "tokens of the longest rank above the mean"},
+            "Near 0. The other ranks wait for the longest one in every mini-batch.",
+        ),
+        Chart(
             "Response tokens a second", "tokens / second",
             {"tokens_per_second/generate": "generation", "tokens_per_second/update": "update",
              "tokens_per_second/step": "whole step"},

@@ -17,7 +17,7 @@ def run_killed(command: str, place: str, call: int, flags: list[str], output: Pa
         "--master_port", str(20_000 + os.getpid() % 10_000), "tests/distributed/killed_main.py",
         command, "SIGKILL", place, str(call), "1", *flags,
     ]  # fmt: skip
-    ended = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=500)
     assert not (output / "model").exists(), "the run ended before it was killed"
     assert not ranks_left(output), "the launcher left a rank behind"
     return ended.returncode

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-TIMEOUT_SECONDS = 240
+TIMEOUT_SECONDS = 480
 _POOLS: dict[int, RankPool] = {}
 
 

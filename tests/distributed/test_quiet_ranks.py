@@ -13,7 +13,7 @@ from tests.distributed.test_step1_ranks import arguments
 from tests.distributed.test_step1_ranks import inputs as step1_inputs  # noqa: F401
 from tests.step3.runs import command, environment, write_inputs
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 BAR = r" *([\w :.-]+: +)?\d+%\|.*\| \d+/\d+ \[.*\] *"
 ALLOWED = {

@@ -134,7 +134,7 @@ def test_two_ranks_with_zero_3_equal_one_without_and_resume_equals_a_straight_ru
     assert losses(run) == pytest.approx(logged, rel=1e-5)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("place", "call"), [("trainer_step", 21), ("trainer_manifest", 3)])
 def test_killed_under_the_launcher_and_resumed_equals_undisturbed(
     place: str, call: int, inputs: Path, straight: Path, tmp_path: Path

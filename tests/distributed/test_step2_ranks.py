@@ -118,7 +118,7 @@ def test_a_sharded_model_scores_as_a_whole_one(tmp_path: Path, weights: str) -> 
         assert scores == [pytest.approx(words, abs=1e-5) for words in expected]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("place", "call"), [("trainer_step", 11), ("trainer_manifest", 3)])
 def test_killed_under_the_launcher_and_resumed_equals_undisturbed(
     place: str, call: int, straight: list[str], tmp_path: Path

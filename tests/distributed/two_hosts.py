@@ -113,7 +113,7 @@ def _serve(folder: Path, name: str) -> subprocess.Popen:
 
 
 def _await_ssh(name: str, ssh: Path, address: str) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while subprocess.run(["ip", "netns", "exec", name, str(ssh), address, "true"], capture_output=True).returncode:
         assert time.monotonic() < deadline, f"no sshd answers at {address}"
         time.sleep(0.2)

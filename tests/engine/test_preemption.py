@@ -34,7 +34,7 @@ def test_one_signalled_rank_stops_all() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_the_script_saves_and_asks_to_be_queued_again(number: signal.Signals, tmp_path: Path) -> None:
     """`run_step3.sh`, the pipeline and the launcher hand the signal on to the ranks, and their status back."""

@@ -74,7 +74,7 @@ def test_killed_again_and_again_no_stored_answer_is_asked_for_twice_and_no_label
                 time.sleep(0.005)
             if run < 4:
                 os.kill(process.pid, signal.SIGKILL)
-            output, _ = process.communicate(timeout=60)
+            output, _ = process.communicate(timeout=240)
             assert process.returncode == (-signal.SIGKILL if run < 4 else 0), output
             assert not before & {key_of(body) for body in endpoint.seen[begun:]}
             before = stored_keys(samples)

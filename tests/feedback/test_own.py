@@ -154,6 +154,6 @@ def test_an_own_function_has_a_place_where_annotators_have_names(tmp_path: Path)
 )
 def test_the_main_job_refuses_an_annotator_that_is_none_before_it_begins(name: str, message: str) -> None:
     command = ["bash", "scripts/run_all.sh", "--run_name", "refused", "--annotator", name]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
     assert ran.returncode == 2 and message in ran.stderr
     assert not (ROOT / "outputs" / "refused").exists()

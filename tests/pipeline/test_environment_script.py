@@ -16,7 +16,7 @@ def bash(command: str, tmp_path: Path, **environment: str) -> subprocess.Complet
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     return subprocess.run(
         ["bash", "-c", f'set -euo pipefail; source "$0"; {command}', str(SCRIPT)], cwd=tmp_path, text=True,
-        env=os.environ | {"PATH": path} | environment, capture_output=True, timeout=60, check=False,
+        env=os.environ | {"PATH": path} | environment, capture_output=True, timeout=240, check=False,
     )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def test_a_signal_reaches_the_child_and_its_status_comes_back(number: signal.Sig
         assert parent.stdout.readline() == "ready\n"
         time.sleep(0.2)  # the parent is behind its Popen
         parent.send_signal(number)
-        printed, _ = parent.communicate(timeout=60)
+        printed, _ = parent.communicate(timeout=240)
     finally:
         parent.kill()
     assert printed == f"child got {int(number)}\n" and parent.returncode == 75

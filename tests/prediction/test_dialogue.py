@@ -130,7 +130,7 @@ def test_at_a_real_terminal(model_folder: Path, reward_folder: Path) -> None:
 
 def read_until(terminal: int, text: str) -> str:
     """What the terminal shows up to and with `text`, and no byte more."""
-    seen, deadline = b"", time.monotonic() + 120
+    seen, deadline = b"", time.monotonic() + 300
     while not seen.endswith(text.encode()):
         ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
         assert ready, f"no {text!r} in 120 s: {seen.decode()}"

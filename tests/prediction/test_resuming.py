@@ -49,7 +49,7 @@ def test_a_killed_run_goes_on_and_gives_the_bytes_of_one_that_was_not(
     flags = flags | drawn
     run(**flags, output=tmp_path / "whole")
     argv = [f"--{name}={value}" for name, value in (flags | {"output": tmp_path / "cut"}).items()]
-    partial, deadline = partial_of(tmp_path / "cut"), time.monotonic() + 100
+    partial, deadline = partial_of(tmp_path / "cut"), time.monotonic() + 300
     process = subprocess.Popen([sys.executable, "scripts/predict.py", *argv], stderr=subprocess.DEVNULL)
     try:
         while lines(partial) < 10:

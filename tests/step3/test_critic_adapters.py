@@ -192,7 +192,7 @@ def trained(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedRu
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_updates_leave_the_frozen_trunk_as_it_was_to_the_last_bit(
     inputs: Path, trained: TrainedRun
 ) -> None:
@@ -208,7 +208,7 @@ def test_updates_leave_the_frozen_trunk_as_it_was_to_the_last_bit(
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_first_rollouts_values_are_those_of_a_run_without_adapters(
     inputs: Path, tmp_path: Path, trained: TrainedRun
 ) -> None:
@@ -221,13 +221,13 @@ def test_the_first_rollouts_values_are_those_of_a_run_without_adapters(
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_exported_critic_gives_the_values_that_were_trained(trained: TrainedRun) -> None:
     torch.testing.assert_close(values(reloaded(trained.output / "critic")), trained.values, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_resumed_run_equals_an_undisturbed_one_and_keeps_no_frozen_weights(
     inputs: Path, tmp_path: Path, trained: TrainedRun
 ) -> None:
@@ -243,7 +243,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_and_keeps_no_frozen_weights(
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_in_bf16_zero_3_trains_adapters_and_head_together(inputs: Path, tmp_path: Path) -> None:
     """ZeRO-3 keeps all that it trains of a model in one buffer, and so in one precision; peft would take fp32."""
     output = tmp_path / "run"

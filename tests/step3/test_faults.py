@@ -35,7 +35,7 @@ def run_killed(inputs: Path, output: Path, place: str, call: int, rank: int) -> 
     script = launch.index("step3_tppo/main.py")
     killed = ["step3_tppo.main", "SIGKILL", place, str(call), str(rank)]
     launch[script : script + 1] = ["tests/distributed/killed_main.py", *killed]
-    ended = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=500)
     assert not ranks_left(output), "the launcher left a rank behind"
     return ended.returncode
 

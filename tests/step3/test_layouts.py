@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.distributed.ranks import run_on_ranks
 from tests.step3.runs import command, numbers, run_main, run_successfully
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 # One mini-batch a rollout: the layouts then learn from the same responses at a time.
 SHAPE = (

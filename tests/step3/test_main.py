@@ -53,7 +53,7 @@ def test_killed_and_resumed_equals_undisturbed(inputs: Path, tmp_path: Path) -> 
     assert any(not torch.equal(start[key], tuned[key]) for key in start)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_lora_in_the_sharded_path_needs_no_reference_and_leaves_adapters(inputs: Path, tmp_path: Path) -> None:
     run_successfully(
         inputs, tmp_path / "lora", "--lora_r", "4", "--hybrid_weights", "sharded", "--reward_level", "query",
@@ -83,7 +83,7 @@ def test_what_cannot_run_here_is_refused_before_a_folder_is_made(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_dora_is_exported_as_base_and_adapter(inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "dora"
     run_successfully(
@@ -108,7 +108,7 @@ def test_dora_is_exported_as_base_and_adapter(inputs: Path, tmp_path: Path) -> N
     assert chosen["choices"]["fused_adam"] and chosen["choices"]["attn_implementation"] == "sdpa"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_target_kl_ends_the_updates_of_a_rollout(inputs: Path, tmp_path: Path) -> None:
     """Four minibatches a rollout; the first has ratio 1, the second sees the first's update and exceeds any target."""
     flags = ("--rollout_batch_size", "8", "--ppo_epochs", "2", "--total_steps", "2")
@@ -119,7 +119,7 @@ def test_target_kl_ends_the_updates_of_a_rollout(inputs: Path, tmp_path: Path) -
     assert (bound["policy/optimizer_steps"], bound["policy/stopped_early"]) == (2.0, 1.0)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(inputs: Path, tmp_path: Path) -> None:
     """A critic whose trunk holds a NaN: its first value is not finite."""
     poisoned = tmp_path / "poisoned"
@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(inputs: Path
         assert "NaN or infinite at step 0" in error
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_torchrun_is_as_good_a_launcher(inputs: Path, tmp_path: Path) -> None:
     run_successfully(inputs, tmp_path / "deepspeed")
     launch = command(inputs, tmp_path / "torchrun")
