@@ -49,7 +49,8 @@ class ModelOptions:
     """How weights are loaded."""
 
     attn_implementation: str = option(
-        "sdpa", "Attention kernel, checked at start.", choices=["sdpa", "eager", "flash_attention_2"]
+        "sdpa", "Attention kernel, checked at start.",
+        choices=["sdpa", "eager", "flash_attention_2", "flex_attention"],
     )
     dtype: str = option(
         "auto", "Precision of weights and activations; auto: bf16 on a GPU that has it, else fp32.",

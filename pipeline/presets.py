@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,13 +89,10 @@ def config_files(program: str, preset: str, models: Models, hardware: Hardware) 
 def adaptations(program: str, files: Sequence[str], models: Models) -> dict[str, str]:
     """The flags by which the settings files of `program` meet what is there, and not what they were written for.
 
-    Flash attention gives way to torch's own kernel where it is not installed; a history is cut to what an encoder with
-    few positions can read beside the response (BERT's family: 512).
+    A history is cut to what an encoder with few positions can read beside the response (BERT's family: 512).
     """
     config = parse_config(SETTINGS[program].config, ["--config", *files])
     flags = {}
-    if config.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        flags["attn_implementation"] = "sdpa"
     if program == "step2" and models.reward_positions:
         room = models.reward_positions - config.max_response_tokens - SPECIAL_TOKENS
         if room < config.max_prompt_tokens:

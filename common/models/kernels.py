@@ -29,6 +29,8 @@ def settle_dtype(options: Options) -> Options:
 
 def check_attention(implementation: str, dtype: str) -> None:
     """Raise `InputError` unless this machine can run the attention kernel in this precision."""
+    if implementation == "flex_attention" and not torch.cuda.is_available():
+        raise InputError("--attn_implementation flex_attention needs a CUDA GPU and there is none; use sdpa")
     if implementation != "flash_attention_2":
         return
     require_cuda("--attn_implementation flash_attention_2", "flash_attn", "flash-attn", "use sdpa")

@@ -109,7 +109,11 @@ def causal_lm_skeleton(path: str, options: ModelOptions) -> PreTrainedModel:
 
 def has_attention(model: PreTrainedModel, implementation: str) -> bool:
     """Whether the model's architecture has this attention kernel; all have eager."""
-    supported = {"sdpa": model._supports_sdpa, "flash_attention_2": model._supports_flash_attn}
+    supported = {
+        "sdpa": model._supports_sdpa,
+        "flash_attention_2": model._supports_flash_attn,
+        "flex_attention": model._supports_flex_attn,
+    }
     return supported.get(implementation, True)
 
 

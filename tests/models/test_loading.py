@@ -150,10 +150,11 @@ class TestLoading:
 
 
 class TestChecks:
-    def test_flash_attention_needs_a_gpu(self, monkeypatch):
+    @pytest.mark.parametrize("kernel", ["flash_attention_2", "flex_attention"])
+    def test_flash_and_flex_attention_need_a_gpu(self, monkeypatch, kernel):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        with pytest.raises(InputError, match="needs a CUDA GPU"):
-            check_attention("flash_attention_2", "bf16")
+        with pytest.raises(InputError, match=f"{kernel} needs a CUDA GPU"):
+            check_attention(kernel, "bf16")
 
     def test_flash_attention_needs_the_package_and_bf16(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

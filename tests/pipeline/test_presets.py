@@ -138,16 +138,6 @@ def test_one_step_alone_is_planned_alone(folder: Path, monkeypatch: pytest.Monke
     assert "in step 2" in reason and "step 1" not in reason
 
 
-def test_flash_attention_gives_way_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    models, hardware = Models("m", ""), Hardware(8, 8)
-    files = {program: config_files(program, "8x80gb_full", models, hardware) for program in ("step1", "step3")}
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert adaptations("step3", files["step3"], models) == {"attn_implementation": "sdpa"}
-    assert adaptations("step1", files["step1"], models) == {}, "its preset asks for sdpa"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert adaptations("step3", files["step3"], models) == {}
-
-
 def test_a_history_is_cut_to_what_an_encoder_can_read_beside_the_response(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
