@@ -32,6 +32,7 @@ from common.models.loading import (
     load_tokenizer,
     save_model_folder,
 )
+from common.planning.models import ModelSpec, gives_own_logits
 from step1_sft.config import SftConfig, check_config
 from step1_sft.dataset import PadRight, Rows, build_rows
 from step1_sft.trainer import SftTrainer
@@ -77,6 +78,7 @@ def main() -> None:
             config.output_dir, tensorboard=config.tensorboard, checkpoint=checkpoint, watchdog=watchdog
         ),
         prompt_loss_weight=config.prompt_loss_weight,
+        chunks=gives_own_logits(ModelSpec.of(config.model_name_or_path, "causal_lm", config)),
     )
     with watchdog:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

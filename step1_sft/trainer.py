@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PreTrainedModel
 
 from common.alignment import IGNORE_LABEL
 from common.engine.trainer import RecipeTrainer
+from common.models.layouts import without_wrapper
+from common.models.token_scores import token_scores_of_head
 
 
 def token_weights(labels: torch.Tensor, attention_mask: torch.Tensor, prompt_loss_weight: float) -> torch.Tensor:
@@ -23,29 +25,44 @@ def token_weights(labels: torch.Tensor, attention_mask: torch.Tensor, prompt_los
 
 
 def token_nll(
-    forward: Callable[..., Any], input_ids: torch.Tensor, attention_mask: torch.Tensor, wanted: torch.Tensor
+    forward: Callable[..., Any],
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    wanted: torch.Tensor,
+    chunks: bool = False,
 ) -> torch.Tensor:
     """`-log p(input_ids_t | <t)` in nats of the tokens that are `wanted` `(B, T)` bool, row by row: `(M,)` fp32.
 
-    Token t is predicted from the logits at t-1. `forward` computes logits there and nowhere else: over a large
-    vocabulary those of whole prompts would be most of a step's memory. The first token of a row is never wanted.
+    Token t is predicted from the logits at t-1. `forward`, which runs `model`, computes logits there and nowhere else:
+    over a large vocabulary those of whole prompts would be most of a step's memory. In `chunks` of the vocabulary not
+    even these exist as a whole (`common.models.token_scores`). The first token of a row is never wanted.
     """
-    predicting = torch.nn.functional.pad(wanted[:, 1:], (0, 1))
-    logits = forward(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=predicting).logits
-    return cross_entropy(logits.float(), input_ids[wanted], reduction="none")
+    arguments = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "logits_to_keep": torch.nn.functional.pad(wanted[:, 1:], (0, 1)),
+    }
+    if chunks:
+        return -token_scores_of_head(forward, model, arguments, input_ids[wanted])[0]
+    return cross_entropy(forward(**arguments).logits.float(), input_ids[wanted], reduction="none")
 
 
 class SftTrainer(RecipeTrainer):
     """`L = sum_t w_t nll_t / sum_t w_t`, both sums over all micro-batches and ranks of an optimiser step.
 
-    A mean of means would weigh a token by how short the other responses of its micro-batch are.
+    A mean of means would weigh a token by how short the other responses of its micro-batch are. `chunks` as in
+    `token_nll`.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, prompt_loss_weight: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, prompt_loss_weight: float = 0.0, chunks: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, compute_metrics=response_metrics, **kwargs)
         self.prompt_loss_weight = prompt_loss_weight
+        self._chunks = chunks
 
     def compute_loss(
         self,
@@ -60,7 +77,8 @@ class SftTrainer(RecipeTrainer):
         """
         weights = self._weights(inputs)
         wanted = weights > 0
-        nll = token_nll(model, inputs["input_ids"], inputs["attention_mask"], wanted)
+        inner = without_wrapper(self.accelerator.unwrap_model(model))
+        nll = token_nll(model, inner, inputs["input_ids"], inputs["attention_mask"], wanted, self._chunks)
         # Gradients are averaged over the ranks, but the parts of the loss are to be summed.
         loss = (nll * weights[wanted]).sum() / num_items_in_batch * self.accelerator.num_processes
         if not return_outputs:

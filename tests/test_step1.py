@@ -42,7 +42,9 @@ ROWS = [
 ]
 
 
-def make_trainer(folder, model=None, *, rows=ROWS, callbacks=(), prompt_loss_weight=0.0, **changes: Any) -> SftTrainer:
+def make_trainer(
+    folder, model=None, *, rows=ROWS, callbacks=(), prompt_loss_weight=0.0, chunks=False, **changes: Any
+) -> SftTrainer:
     """An `SftTrainer` on the CPU, without DeepSpeed, that pads with EOS."""
     settings = {
         "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "optim": "adamw_torch",
@@ -59,6 +61,7 @@ def make_trainer(folder, model=None, *, rows=ROWS, callbacks=(), prompt_loss_wei
         processing_class=ordinary_tokenizer(pad_is_eos=True),
         callbacks=list(callbacks),
         prompt_loss_weight=prompt_loss_weight,
+        chunks=chunks,
     )
 
 
@@ -118,7 +121,7 @@ def test_token_nll_is_read_one_position_earlier_and_computed_nowhere_else():
         asked.append(logits_to_keep)
         return SimpleNamespace(logits=logits[logits_to_keep])
 
-    nll = token_nll(forward, ids, torch.ones_like(ids), wanted)
+    nll = token_nll(forward, None, ids, torch.ones_like(ids), wanted)
     assert asked[0].tolist() == [[True, True, False, False], [False, False, True, False]]
     expected = [-logits[row, at - 1].log_softmax(-1)[ids[row, at]] for row, at in [(0, 1), (0, 2), (1, 3)]]
     assert torch.allclose(nll, torch.stack(expected), atol=1e-6)
@@ -147,13 +150,14 @@ def reference_gradients(prompt_loss_weight: float) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("chunks", [False, True])
 @pytest.mark.parametrize("prompt_loss_weight", [0.0, 0.3])
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2), (1, 4)])
-def test_gradients_do_not_depend_on_how_the_step_is_cut(tmp_path, batch, accumulation, prompt_loss_weight):
+def test_gradients_do_not_depend_on_how_the_step_is_cut(tmp_path, batch, accumulation, prompt_loss_weight, chunks):
     catch = CatchGradients()
     make_trainer(
         tmp_path, callbacks=[catch], per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
-        prompt_loss_weight=prompt_loss_weight,
+        prompt_loss_weight=prompt_loss_weight, chunks=chunks,
     ).train()  # fmt: skip
     expected = reference_gradients(prompt_loss_weight)
     assert catch.found.keys() == expected.keys()

@@ -10,7 +10,7 @@ from torch import nn
 
 from common.models.layouts import Layout, ModelRows, forward_arguments, lay_out, without_wrapper
 from common.models.sequences import SequenceBatch, unflattened
-from common.models.token_scores import scoring_head, token_scores_from_hidden, token_scores_from_logits
+from common.models.token_scores import token_scores_from_logits, token_scores_of_head
 
 
 class ScoringOptions(NamedTuple):
@@ -60,12 +60,9 @@ def scores_of_rows(
     """`response_scores` of a batch that is laid out already."""
     arguments, ids = forward_arguments(module, rows), rows.response_ids
     if chunks:
-        def score(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            hidden = hidden if rows.index is None else hidden[rows.index]
-            return torch.stack(token_scores_from_hidden(hidden, weight, bias, ids, temperature), dim=-1)
-
-        with scoring_head(without_wrapper(module), score):
-            logprobs, entropy = forward(**arguments).logits.unbind(-1)
+        logprobs, entropy = token_scores_of_head(
+            forward, without_wrapper(module), arguments, ids, temperature, rows.index
+        )
         entropy = entropy if entropy_gradient else entropy.detach()
     else:
         logits = forward(**arguments).logits

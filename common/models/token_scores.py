@@ -112,6 +112,28 @@ def _places(ids: Tensor, start: int, logits: Tensor) -> tuple[Tensor, Tensor]:
     return inside, torch.where(inside, places, 0)
 
 
+def token_scores_of_head(
+    forward: Callable[..., Any],
+    model: PreTrainedModel,
+    arguments: dict[str, Any],
+    ids: Tensor,
+    temperature: float = 1.0,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`token_scores_from_logits` of `forward(**arguments).logits`, which never exist as a whole.
+
+    `forward` runs `model`, which must return what its output layer gives (`gives_logits_of_its_head`).
+    """
+
+    def score(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        hidden = hidden if index is None else hidden[index]
+        return torch.stack(token_scores_from_hidden(hidden, weight, bias, ids, temperature), dim=-1)
+
+    with scoring_head(model, score):
+        logprobs, entropy = forward(**arguments).logits.unbind(-1)
+    return logprobs, entropy
+
+
 @contextmanager
 def scoring_head(model: PreTrainedModel, score: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Iterator[None]:
     """Let the model's output layer give `score(hidden, weight, bias)` in place of logits.
