@@ -10,6 +10,7 @@ import platform
 import shlex
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -57,6 +58,28 @@ def _rank(
     result = function(*arguments)
     if rank == 0:
         path.write_text(json.dumps(result))
+
+
+def peer(script: str, folder: Path, steps: int, batch: int, cores: int, *more: str) -> Any:
+    """What a peer's script prints in its last line, as JSON; it runs in a process of its own with `cores` threads.
+
+    `more` are further arguments. Ends the benchmark when the script fails.
+    """
+    command = [sys.executable, script, "--folder", str(folder), "--steps", str(steps), "--batch", str(batch), *more]
+    environment = os.environ | {"OMP_NUM_THREADS": str(cores), "TOKENIZERS_PARALLELISM": "false"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        sys.exit(f"{script} failed; is benchmarks/requirements.txt installed?\n{ran.stderr[-2000:]}")
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def peer_options(*numbers: str) -> argparse.Namespace:
+    """The arguments that `peer` gives a script; `numbers` are the names of further ones."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, required=True)
+    for name in ("steps", "batch", *numbers):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    return parser.parse_args()
 
 
 def timed(action: Callable[[], Any]) -> float:

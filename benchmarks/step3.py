@@ -13,10 +13,7 @@ first shape also runs on two ranks of one core under ZeRO-3, as it would run on 
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -29,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.flops import Sizes, tppo_step_flops
-from benchmarks.measuring import gemm_peak, median_ratio, on_ranks, peak_memory, read_switches, save
+from benchmarks.measuring import gemm_peak, median_ratio, on_ranks, peak_memory, peer, read_switches, save
 from benchmarks.models import query_tokenizer, random_llama, save_reward_model
 from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
@@ -199,16 +196,10 @@ def _trainer(
 def trl_steps(folder: Path, workload: Workload) -> list[float]:
     """Seconds of each of TRL's steps after the first."""
     shape = workload.shape
-    command = [
-        sys.executable, "benchmarks/trl_rloo.py", "--folder", str(folder), "--steps", str(workload.steps + WARMUP),
-        "--prompts", str(shape.prompts), "--samples", str(shape.samples),
-        "--answer_tokens", str(shape.answer_tokens), "--batch", str(shape.prompts * shape.samples),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": str(CORES), "TOKENIZERS_PARALLELISM": "false"}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        sys.exit(f"TRL's trainer failed; is benchmarks/requirements.txt installed?\n{ran.stderr[-2000:]}")
-    return json.loads(ran.stdout.splitlines()[-1])[WARMUP:]
+    more = {"prompts": shape.prompts, "samples": shape.samples, "answer_tokens": shape.answer_tokens}
+    flags = [f"--{name}={number}" for name, number in more.items()]
+    batch = shape.prompts * shape.samples
+    return peer("benchmarks/trl_rloo.py", folder, workload.steps + WARMUP, batch, CORES, *flags)[WARMUP:]
 
 
 def _example(record: Record) -> Example:

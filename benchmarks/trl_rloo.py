@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 import tempfile
-import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import RLOOConfig, RLOOTrainer
 
-
-class Clock(TrainerCallback):
-    """Seconds from the beginning of each optimiser step to the next one's."""
-
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """The first mark."""
-        self.marks.append(time.perf_counter())
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        """The end of a step: generation, scoring, update."""
-        self.marks.append(time.perf_counter())
+from benchmarks.clock import StepClock
+from benchmarks.measuring import peer_options
 
 
 def main() -> None:
     """Train for some steps."""
-    parser = argparse.ArgumentParser()
-    for name in ("steps", "prompts", "samples", "answer_tokens", "batch"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--folder", type=Path, required=True)
-    options = parser.parse_args()
+    options = peer_options("prompts", "samples", "answer_tokens")
     rows = [json.loads(line) for line in (options.folder / "prompts.jsonl").read_text().splitlines()]
-    clock = Clock()
+    clock = StepClock()
     with tempfile.TemporaryDirectory() as output:
         trainer = RLOOTrainer(
             model=AutoModelForCausalLM.from_pretrained(options.folder / "sft", dtype=torch.float32),
@@ -54,7 +39,7 @@ def main() -> None:
             callbacks=[clock],
         )  # fmt: skip
         trainer.train()
-    print(json.dumps([after - before for before, after in zip(clock.marks, clock.marks[1:], strict=False)]))
+    print(json.dumps(clock.seconds))
 
 
 if __name__ == "__main__":
