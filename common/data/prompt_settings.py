@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -34,9 +35,9 @@ class PromptSettings:
     num_queries: int
     max_prompt_tokens: int
 
-    def builder(self, tokenizer: PreTrainedTokenizerBase) -> PromptBuilder:
-        """The prompt builder of these settings."""
-        return PromptBuilder(tokenizer, self.prompt_template, self.max_prompt_tokens, self.num_queries)
+    def builder(self, tokenizer: PreTrainedTokenizerBase, today: date | None = None) -> PromptBuilder:
+        """The prompt builder of these settings; `today` as in `PromptBuilder`."""
+        return PromptBuilder(tokenizer, self.prompt_template, self.max_prompt_tokens, self.num_queries, today)
 
 
 def save_prompt_settings(builder: PromptBuilder, folder: str | Path) -> None:

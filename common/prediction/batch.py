@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,12 @@ def run_settings(
     config: PredictConfig, prompts: PromptSettings, sampling: Sampling, survey: Survey
 ) -> dict[str, Any]:
     """All that the rows depend on, as JSON values: flags, what the model's folder records, digests of the histories and
-    of the names, sizes and times of the files of the models and of the prompt template."""
+    of the names, sizes and times of the files of the models and of the prompt template, and the date of today, which
+    chat prompts may show."""
     flags = {name: value for name, value in asdict(config).items() if name not in _APART}
     files = {name: _files_digest(path) for name, path in _read_paths(config, prompts).items()}
     asked = asdict(prompts) | {"max_response_tokens": sampling.max_new_tokens}
-    return flags | asked | files | {"histories": survey.digest}
+    return flags | asked | files | {"histories": survey.digest, "prompt_date": date.today().isoformat()}
 
 
 def predict_file(

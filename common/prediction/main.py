@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from datetime import date
 
 from common.config import parse_config
 from common.data.prompt_settings import PromptSettings, load_prompt_settings
@@ -40,7 +41,8 @@ def answer_file(config: PredictConfig, settings: PromptSettings, sampling: Sampl
     counted = phase_progress(read_histories(*source), desc="counting histories", unit="history")
     survey = survey_histories(counted)
     with open_partial(config, settings, sampling, survey) as partial:
-        predictor = _load(config, settings, sampling)
+        # The day on which the answers began: no two of them may show other dates.
+        predictor = _load(config, settings, sampling, date.fromisoformat(partial.settings["prompt_date"]))
         try:
             predict_file(predictor, read_histories(*source), sampling, config, partial, survey.count)
         except KeyboardInterrupt:
@@ -66,5 +68,7 @@ def hold_dialogue(predictor: Predictor, sampling: Sampling, config: PredictConfi
     )  # fmt: skip
 
 
-def _load(config: PredictConfig, settings: PromptSettings, sampling: Sampling) -> Predictor:
-    return load_predictor(config.model, settings, sampling.max_new_tokens, config.reward, config)
+def _load(
+    config: PredictConfig, settings: PromptSettings, sampling: Sampling, today: date | None = None
+) -> Predictor:
+    return load_predictor(config.model, settings, sampling.max_new_tokens, config.reward, config, today)

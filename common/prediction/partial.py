@@ -14,13 +14,16 @@ from common.errors import InputError
 from common.files import read_jsonl
 from common.private import only_mine
 
+DECIDED_AT_START = ("prompt_date",)
+
 
 class PartialOutput:
     """The rows of an output that is not whole yet, in `.NAME.partial.jsonl` beside it; open in one process at a time.
 
-    The first line holds `settings` (JSON values). Rows are appended in parts of `part_rows`, the last of `total_rows`
-    may be shorter; part by part they are on the disk. A part that a killed run left unfinished is cut off, for what it
-    holds depends, to rounding, on all its rows. The file is readable by its owner alone.
+    The first line holds `settings` (JSON values). A run that goes on takes those in `DECIDED_AT_START` from there;
+    `self.settings` has them. Rows are appended in parts of `part_rows`, the last of `total_rows` may be shorter; part by
+    part they are on the disk. A part that a killed run left unfinished is cut off, for what it holds depends, to
+    rounding, on all its rows. The file is readable by its owner alone.
 
     Raises `InputError` when another process writes here, or when the file was begun with other settings.
     """
@@ -31,7 +34,7 @@ class PartialOutput:
         self._file = os.fdopen(only_mine(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "a+b")
         try:
             self._lock()
-            self._begin(json.loads(json.dumps(settings)))
+            self.settings = self._begin(json.loads(json.dumps(settings)))
             self.rows = self._keep_parts(total_rows, part_rows)
         except BaseException:
             self._file.close()
@@ -67,23 +70,28 @@ class PartialOutput:
                 f"{self.path}: another process is writing here; wait for it, or choose another --output"
             ) from None
 
-    def _begin(self, settings: dict[str, Any]) -> None:
-        """Write the first line of a new file, or check that of an old one, and stand behind it."""
+    def _begin(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Write the first line of a new file, or check that of an old one, and stand behind it.
+
+        Returns the settings that hold.
+        """
         self._file.seek(0)
         first = self._file.readline()
         if not first:
             self._write([{"settings": settings}])
-            return
+            return settings
         begun = _settings(first)
         if begun is None:
             raise InputError(f"{self.path}: not begun by this command; move it away, or choose another --output")
-        changed = sorted(name for name in begun.keys() | settings.keys() if begun.get(name) != settings.get(name))
+        compared = (begun.keys() | settings.keys()) - set(DECIDED_AT_START)
+        changed = sorted(name for name in compared if begun.get(name) != settings.get(name))
         if changed:
             details = "; ".join(f"{name}: was {begun.get(name)!r}, now {settings.get(name)!r}" for name in changed)
             raise InputError(
                 f"{self.path}: holds the answers of a run with other settings ({details}). Give those again to go on "
                 "with it, delete the file to begin anew, or choose another --output"
             )
+        return settings | {name: begun[name] for name in DECIDED_AT_START if name in begun}
 
     def _keep_parts(self, total_rows: int, part_rows: int) -> int:
         """Cut off what follows the last complete part; returns how many rows are left."""

@@ -6,6 +6,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import date
 from typing import Any, NamedTuple
 
 import torch
@@ -157,15 +158,21 @@ def rewards_of_tokens(response: DecodedTokens, words: Sequence[Word], word_score
 
 
 def load_predictor(
-    model: str, settings: PromptSettings, max_response_tokens: int, reward: str, options: ModelOptions
+    model: str,
+    settings: PromptSettings,
+    max_response_tokens: int,
+    reward: str,
+    options: ModelOptions,
+    today: date | None = None,
 ) -> Predictor:
-    """The models in the folders `model` and `reward` (empty: none), on the GPU if there is one.
+    """The models in the folders `model` and `reward` (empty: none), on the GPU if there is one; `today` as in
+    `PromptBuilder`.
 
     Raises `InputError` when there are no such models, or prompt and response do not fit the model's positions.
     """
     # Padding is masked and never read, so a folder without a pad token will do.
     tokenizer = load_tokenizer(model, options.trust_remote_code, pad_token="eos")
-    prompts = settings.builder(tokenizer)
+    prompts = settings.builder(tokenizer, today)
     config = load_model_config(model, options.trust_remote_code)
     check_lengths(config, settings.max_prompt_tokens + max_response_tokens)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -38,6 +38,15 @@ def partial_of(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial.jsonl")
 
 
+def test_a_run_that_goes_on_another_day_keeps_the_date_of_its_first_prompt(tmp_path: Path) -> None:
+    first, next_day = ({"seed": 1, "prompt_date": f"2026-11-{day}"} for day in (28, 29))
+    with PartialOutput(tmp_path / "p", first, total_rows=10, part_rows=4) as partial:
+        assert partial.settings == first
+        partial.append([ROW] * 4)
+    with PartialOutput(tmp_path / "p", next_day, total_rows=10, part_rows=4) as partial:
+        assert (partial.rows, partial.settings) == (4, first)
+
+
 def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
