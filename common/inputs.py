@@ -8,15 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
 # Settings that are files, folders, hub names or the name of something built in; see `input_digests`.
 Inputs = Mapping[str, str | Path | Sequence[str | Path]]
 
 WHOLE_BYTES = 256 * 2**20  # a larger file is sampled: 256 blocks of a MiB, at even distances
 BLOCK_BYTES = 2**20
-READ_BY_STEPS = (
-    "model_name_or_path", "actor_path", "reward_path", "critic_path", "samples", "labels", "prompt_template", "truth",
-    "deepspeed_config",
-)  # fmt: skip
+MODELS = ("model_name_or_path", "actor_path", "reward_path", "critic_path")
+READ_BY_STEPS = (*MODELS, "samples", "labels", "prompt_template", "truth", "deepspeed_config")
 # What a model folder's content depends on; others may lie there too (a README, an evaluation).
 MODEL_SUFFIXES = frozenset({".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"})
 
@@ -24,14 +25,27 @@ MODEL_SUFFIXES = frozenset({".safetensors", ".bin", ".json", ".jinja", ".model",
 def input_digests(inputs: Inputs) -> dict[str, str]:
     """The digest of each file that the `inputs` name, by flag and file name; of files of one name all of them together.
 
-    Of a folder, those of a model count (`MODEL_SUFFIXES`), without its subfolders. What is no file or folder here, a
-    model on the hub or the name of a template, has no digest.
+    Of a folder, those of a model count (`MODEL_SUFFIXES`), without its subfolders. A model on the hub has the commit in
+    the local cache. What is neither, the name of a template, has no digest.
     """
     found: dict[str, list[str]] = {}
     for flag, given in inputs.items():
+        if flag in MODELS and (commit := hub_commit(str(given))):
+            found[f"--{flag} {given}"] = [f"commit {commit}"]
         for path in _files([given] if isinstance(given, str | Path) else given):
             found.setdefault(f"--{flag} {path.name}", []).append(content_digest(path))
     return {name: " ".join(digests) for name, digests in found.items()}
+
+
+def hub_commit(name: str) -> str | None:
+    """The commit of a hub model in the local cache; None where `name` is a folder or was never downloaded."""
+    if not name or Path(name).exists():
+        return None
+    try:
+        file = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # no name that the hub could know
+        return None
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def log_files(paths: Sequence[str]) -> list[Path]:

@@ -130,6 +130,22 @@ def test_every_file_of_a_log_counts_also_in_folders_and_with_equal_names(tmp_pat
     assert len(seen) == 3
 
 
+def test_a_hub_model_counts_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub client's own cache: `refs/main` names the snapshot that a download of today gives."""
+    cache = tmp_path / "models--org--small"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for commit in ("1" * 40, "2" * 40):
+        (cache / "snapshots" / commit).mkdir(parents=True)
+        (cache / "snapshots" / commit / "config.json").write_text("{}")
+    (cache / "refs").mkdir()
+    found = []
+    for commit in ("1" * 40, "2" * 40):
+        (cache / "refs" / "main").write_text(commit)
+        found.append(input_digests({"actor_path": "org/small", "prompt_template": "plain"}))
+    assert found == [{"--actor_path org/small": f"commit {number * 40}"} for number in "12"]
+    assert input_digests({"actor_path": "org/other", "reward_path": str(tmp_path / "none"), "critic_path": ""}) == {}
+
+
 def test_a_large_file_is_known_by_samples_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.inputs.WHOLE_BYTES", 80)
     monkeypatch.setattr("common.inputs.BLOCK_BYTES", 10)

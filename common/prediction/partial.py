@@ -21,9 +21,9 @@ class PartialOutput:
     """The rows of an output that is not whole yet, in `.NAME.partial.jsonl` beside it; open in one process at a time.
 
     The first line holds `settings` (JSON values). A run that goes on takes those in `DECIDED_AT_START` from there;
-    `self.settings` has them. Rows are appended in parts of `part_rows`, the last of `total_rows` may be shorter; part by
-    part they are on the disk. A part that a killed run left unfinished is cut off, for what it holds depends, to
-    rounding, on all its rows. The file is readable by its owner alone.
+    `self.settings` has them. Rows are appended in parts of `part_rows`, the last of `total_rows` may be shorter; each
+    part is on the disk before the next begins. A part that a killed run left unfinished is cut off, because what it
+    holds depends, to rounding, on all its rows. The file is readable by its owner alone.
 
     Raises `InputError` when another process writes here, or when the file was begun with other settings.
     """
