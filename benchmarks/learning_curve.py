@@ -3,9 +3,10 @@
     bash scripts/run_all.sh                                    the main job, whose models are used
     python benchmarks/learning_curve.py --run outputs/demo     about 8 minutes on two cores
 
-Off: sharded weights, eight responses decoded at once, padded passes of eight, old log-probs computed again. On: whole
-weights, all responses decoded at once, packed passes by tokens, the log-probs of sampling, optimisers at rest during
-rollout. Both draw the same random numbers, so they part by rounding alone, until a token falls the other way.
+Off: sharded weights, eight responses decoded at once, padded passes of eight, old log-probs computed again,
+mini-batches of any responses. On: whole weights, all responses decoded at once, passes by tokens that read a prompt
+once for its four responses, the log-probs of sampling, mini-batches of whole groups, optimizers at rest during rollout.
+Both draw the same random numbers for the first rollout.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ from common.tracking import read_metrics
 
 SEEDS, STEPS, LAST = (1, 2, 3, 4, 5), 20, 5
 WAYS = {
-    "off": {"hybrid_weights": "sharded", "decode_rows": 8, "sequence_layout": "padded", "micro_batch_size": 8},
+    "off": {
+        "hybrid_weights": "sharded", "decode_rows": 8, "sequence_layout": "padded", "micro_batch_size": 8,
+        "old_logprobs": "recomputed",
+    },
     "on": {
-        "hybrid_weights": "gathered", "sequence_layout": "packed", "micro_batch_tokens": 1024,
+        "hybrid_weights": "gathered", "sequence_layout": "shared", "micro_batch_tokens": 1024,
         "scoring_batch_tokens": 4096, "old_logprobs": "sampled", "offload_states": "true",
     },
 }  # fmt: skip
-# What the kept results were made with, where the recipe has changed since.
-KEPT = {"actor_learning_rate": 1.5e-4, "line_gamma": 1.0}
+GROUPS = {"rollout_batch_size": 16, "samples_per_prompt": 4}  # as many responses a rollout as the demonstration has
 MEASURES = {"judge/relevance_rate": "relevance of the rollouts", "kl/per_sequence": "KL, nats a response"}
 
 
@@ -73,7 +76,7 @@ def train(run: Path, output: Path, seed: int, way: str) -> list[dict[str, float]
         "actor_path": run / "step1_sft/model",
         "reward_path": run / "step2_token_reward/reward/model", "critic_path": run / "step2_token_reward/reward/model",
         "data_dir": run / "data", "output_dir": output, "total_steps": STEPS, "save_steps": 1000, "seed": seed,
-        "monitor": "simulated", "truth": run / "log/truth.jsonl", "tensorboard": "false", **KEPT, **WAYS[way],
+        "monitor": "simulated", "truth": run / "log/truth.jsonl", "tensorboard": "false", **GROUPS, **WAYS[way],
     }  # fmt: skip
     flags = ["--config", "step3_tppo/configs/recipe.yaml", "step3_tppo/configs/tiny.yaml"]
     flags += [part for key, value in settings.items() for part in (f"--{key}", str(value))]
