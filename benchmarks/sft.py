@@ -99,6 +99,7 @@ def our_steps(folder: str, run: str) -> dict[str, Any]:
         per_device_train_batch_size=BATCH, max_steps=STEPS + WARMUP, learning_rate=1e-5, max_response_tokens=RESPONSE,
         save_steps=1000, eval_steps=1000, tensorboard=False,
     )  # fmt: skip
+    chunks = gives_own_logits(ModelSpec.of(config.model_name_or_path, "causal_lm", config))
     args = training_arguments(config)
     args.save_strategy = args.eval_strategy = "no"
     clock = StepClock()
@@ -108,7 +109,7 @@ def our_steps(folder: str, run: str) -> dict[str, Any]:
         train_dataset=list(read_jsonl(Path(folder) / "rows.jsonl")),
         data_collator=PadRight(1),
         callbacks=[clock],
-        chunks=gives_own_logits(ModelSpec.of(config.model_name_or_path, "causal_lm", config)),
+        chunks=chunks,
     )
     trainer.train()
     return {"seconds": clock.seconds, "peak_mib": round(peak_memory() / 2**20)}

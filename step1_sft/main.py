@@ -51,6 +51,8 @@ def main() -> None:
     skeleton = causal_lm_skeleton(config.model_name_or_path, config)
     check_decodable(skeleton)
     check_lengths(skeleton.config, config.max_prompt_tokens + config.max_response_tokens)
+    # Before the Trainer's arguments: with ZeRO-3 these make transformers shard every model that is made after them.
+    chunks = gives_own_logits(ModelSpec.of(config.model_name_or_path, "causal_lm", config))
     first_day = run_date(config.output_dir, config.resume)
     builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries, first_day)
     train, dev = (
@@ -78,7 +80,7 @@ def main() -> None:
             config.output_dir, tensorboard=config.tensorboard, checkpoint=checkpoint, watchdog=watchdog
         ),
         prompt_loss_weight=config.prompt_loss_weight,
-        chunks=gives_own_logits(ModelSpec.of(config.model_name_or_path, "causal_lm", config)),
+        chunks=chunks,
     )
     with watchdog:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
