@@ -179,7 +179,9 @@ class RolloutMaker:
         self, examples: Sequence[Example], generated: Sequence[Generated]
     ) -> tuple[list[list[float]], list[list[float]]]:
         """The reward model's scores of each response's words and of its queries."""
-        size = self._config.scoring_batch_size
+        size, samples = self._config.scoring_batch_size, self._config.samples_per_prompt
+        if size >= samples:
+            size -= size % samples  # a history whose responses stand together may be read once
         words: list[list[float]] = []
         queries: list[list[float]] = []
         with self._models.reward.inference():
