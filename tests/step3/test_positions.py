@@ -115,7 +115,7 @@ def test_critic_starts_from_the_trunk_of_a_language_model(tmp_path) -> None:
     critic = load_value_model(tmp_path, ModelOptions())
     weight = model.model.layers[0].self_attn.q_proj.weight
     assert torch.equal(critic.trunk.layers[0].self_attn.q_proj.weight, weight)
-    assert float(critic(batch()).detach().abs().max()) < 5  # N(0, 1/33) weights on normed hidden states of size 32
+    assert 0 < float(critic(batch()).detach().abs().max()) < 1  # deviation 1/33, normed hidden states of size 32
     assert float(critic.value_head.bias.detach()) == 0
 
 
