@@ -149,8 +149,8 @@ def _start(config: FaultsConfig, output: Path) -> subprocess.Popen:
         "step3_tppo/configs/tiny.yaml", "--actor_path", str(run / "step1_sft" / "model"), "--reward_path", reward,
         "--critic_path", reward, "--data_dir", str(run / "data"), "--output_dir", str(output), "--resume",
         "--total_steps", str(STEPS), "--save_steps", str(SAVE_STEPS), "--critic_warmup_steps", "2",
-        "--rollout_batch_size", "16", "--mini_batch_size", "8", "--micro_batch_size", "4", "--max_prompt_tokens", "160",
-        "--max_response_tokens", "16",
+        "--rollout_batch_size", "8", "--samples_per_prompt", "2", "--mini_batch_size", "8", "--micro_batch_size", "4",
+        "--max_prompt_tokens", "160", "--max_response_tokens", "16",
     ]  # fmt: skip
     environment = os.environ | {
         "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false",

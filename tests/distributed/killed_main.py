@@ -19,7 +19,7 @@ PLACES = {  # where it is looked up, and its name there
     "step": ("step3_tppo.trainer:TPPOTrainer", "_step"),
     "switch": ("common.engine.hybrid:HybridEngine", "inference"),
     "draw": ("common.generation.decode:Decoder", "_draw"),
-    "update": ("step3_tppo.trainer:TPPOTrainer", "_optimizer_step"),
+    "update": ("step3_tppo.updates:Updater", "_optimizer_step"),
     "checkpoint": ("deepspeed:DeepSpeedEngine", "save_checkpoint"),
     "manifest": ("common.engine.checkpoint", "write_manifest"),
     "rotation": ("common.engine.checkpoint", "_superseded"),

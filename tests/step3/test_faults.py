@@ -17,7 +17,11 @@ from tests.step3.runs import assert_equal_runs, command, environment, numbers, r
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 # Samples of steps 0, 9 and 18: those of step 9 are there when a run that is killed in step 11 goes on from step 8.
-FLAGS = ("--total_steps", "20", "--save_steps", "4", "--sample_steps", "9")
+# Two responses share a prompt.
+FLAGS = (
+    "--total_steps", "20", "--save_steps", "4", "--sample_steps", "9", "--rollout_batch_size", "2",
+    "--samples_per_prompt", "2", "--micro_batch_size", "2",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
