@@ -77,7 +77,7 @@ class SequenceBatch(NamedTuple):
         Padding counts, and a prompt counts once for its group. There are at least `blocks` blocks (but no more than
         rows). A group over the budget is divided; a single row over the budget gets a block of its own.
         """
-        groups = self._longest_first([part for group in self.groups(index) for part in self._within(group, budget)])
+        groups = self._longest_first(self._within(self.groups(index), budget))
         lengths = self.token_counts(groups)
         found: list[list[torch.Tensor]] = []
         while groups:
@@ -93,18 +93,21 @@ class SequenceBatch(NamedTuple):
         lengths = self.token_counts(groups)
         return [groups[place] for place in sorted(range(len(groups)), key=lambda place: -lengths[place])]
 
-    def _within(self, group: torch.Tensor, budget: int) -> list[torch.Tensor]:
-        """A group in parts of at most `budget` tokens and at least one row each."""
-        prompt = int(self.prompt_lengths[group[0]])
-        sizes: list[int] = []
-        room = 0
-        for length in self.response_mask[group].sum(1).tolist():
-            if length > room:
-                sizes.append(0)
-                room = budget - prompt
-            sizes[-1] += 1
-            room -= length
-        return list(group.split(sizes))
+    def _within(self, groups: list[torch.Tensor], budget: int) -> list[torch.Tensor]:
+        """The groups in parts of at most `budget` tokens and at least one row each."""
+        prompts, responses = self.prompt_lengths.tolist(), self.response_mask.sum(1).tolist()
+        parts: list[torch.Tensor] = []
+        for group in groups:
+            sizes: list[int] = []
+            room = 0
+            for row in group.tolist():
+                if responses[row] > room:
+                    sizes.append(0)
+                    room = budget - prompts[row]
+                sizes[-1] += 1
+                room -= responses[row]
+            parts += group.split(sizes)
+        return parts
 
 
 def pad_sequences(
