@@ -219,7 +219,7 @@ def test_the_log_that_the_documentation_makes_from_a_table_can_be_read(
 def test_curves_that_a_page_names_are_logged(page: str) -> None:
     logged = {f"eval/{name}" for name in METRIC_NAMES} | {"train/loss", "train/local_loss", "train/global_loss"}
     logged |= {f"reward/{part}_per_{unit}" for part in (*REWARD_PARTS, "kl_penalty") for unit in ("token", "query")}
-    for module in ("metrics", "monitor", "trainer"):
+    for module in ("metrics", "monitor", "trainer", "updates"):
         logged |= set(re.findall(r'"(\w+/\w+)"', source(f"step3_tppo.{module}")))
     groups = {name.split("/")[0] for name in logged}
     named = re.findall(r"`(\w+)/(\w+)`", (ROOT / page).read_text(encoding="utf-8"))

@@ -36,7 +36,7 @@ def default_of(field: dataclasses.Field) -> object:
 def test_every_command_shows_each_setting_with_its_default(
     module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if module == "benchmarks.trl_rloo":
+    if module in ("benchmarks.trl_rloo", "benchmarks.trl_sft"):
         pytest.importorskip("trl")
     shown = help_of(module, monkeypatch, capsys)
     assert shown.startswith("usage: ")

@@ -23,7 +23,8 @@ BOLD, PLAIN = "\033[1m", "\033[0m"
 HEADER = "Key | Status |\n----+--------+\n"
 
 
-WITHOUT_THE_PROJECT = {"benchmarks.trl_rloo"}  # runs in an environment of its own, and prints numbers alone
+# Peers: they run in a process of their own, and print numbers alone.
+WITHOUT_THE_PROJECT = {"benchmarks.trl_rloo", "benchmarks.trl_sft", "benchmarks.trainer_reward"}
 
 
 @pytest.mark.parametrize("module", sorted({*commands.modules(), "pipeline.main"} - WITHOUT_THE_PROJECT))
