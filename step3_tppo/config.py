@@ -85,8 +85,8 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
     critic_warmup_steps: int = option(5, "First steps in which the critic alone learns.")
 
     baseline: str = option(
-        "critic", "What is subtracted from a token's reward-to-go: a critic's value (GAE), or without a critic the mean "
-        "of the other responses to the prompt at the same place (group; samples_per_prompt of 2 or more).",
+        "critic", "What is subtracted from a token's reward-to-go: a critic's value (GAE), or without a critic the "
+        "mean of the other responses to the prompt at the same place (group; samples_per_prompt of 2 or more).",
         choices=["critic", "group"],
         group="PPO and the KL",
     )

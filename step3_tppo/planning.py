@@ -246,12 +246,13 @@ def step3_changes(config: Step3Config, machine: Machine) -> Iterable[Change]:
     adapt_critic = Change(
         "critic_lora_r", [16], "of the critic adapters and head alone are trained; raise its learning rate tenfold"
     )
-    if config.lora_r and not config.critic_lora_r:
+    whole_critic = config.baseline == "critic" and not config.critic_lora_r
+    if config.lora_r and whole_critic:
         yield adapt_critic
     if config.hybrid_weights != "sharded":
         yield Change("hybrid_weights", ["sharded"], "rollouts gather weights layer by layer at every token: slow")
     yield from slow_changes(config, machine)
-    if not config.lora_r and not config.critic_lora_r:
+    if not config.lora_r and whole_critic:
         yield adapt_critic
     yield from last_changes(config, machine)
 
