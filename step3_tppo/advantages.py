@@ -39,6 +39,48 @@ def generalized_advantages(
     return advantages, (advantages + values) * keep
 
 
+def group_advantages(
+    rewards: torch.Tensor, mask: torch.Tensor, gamma: torch.Tensor, steps: torch.Tensor, samples: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages without a critic: `A_t = G_t - mean of the other responses' G`, and the returns `G`.
+
+    `G_t = r_t + gamma_t G_{t+1}` is the reward-to-go; with `line_gamma` 0 it ends with the query. Each run of `samples`
+    rows are the responses to one prompt. The baseline of token t is the mean reward-to-go of the other responses where
+    they have written as many tokens of the same line (`steps`, see `line_steps`); it is 0 where no other response has.
+    It does not depend on the token, so the gradient stays unbiased. This is RLOO's leave-one-out baseline (Ahmadian et
+    al. 2024), taken at each token and not once a response. All are (B, T), 0 where masked.
+    """
+    returns = torch.zeros_like(rewards)
+    running = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        running = torch.where(mask[:, t], rewards[:, t] + gamma[:, t] * running, 0.0)
+        returns[:, t] = running
+    width = int(steps.max()) + 1
+    group = torch.arange(len(rewards), device=rewards.device).unsqueeze(1) // samples
+    cells = (group * width + steps)[mask]
+    sums, counts = (
+        torch.zeros(len(rewards) * width, dtype=rewards.dtype, device=rewards.device).scatter_add(0, cells, values)
+        for values in (returns[mask], torch.ones_like(returns[mask]))
+    )
+    others = (sums[cells] - returns[mask]) / (counts[cells] - 1).clamp(min=1.0)
+    advantages = torch.zeros_like(returns).masked_scatter(mask, returns[mask] - others)
+    return advantages, returns
+
+
+def line_steps(query_of_token: Sequence[Sequence[int]], mask: torch.Tensor) -> torch.Tensor:
+    """Where each token stands in its list, (B, T) int64: one number for each pair of a line and a number of tokens that
+    the line has before it. A line break, a token without a query, ends a line."""
+    width = mask.shape[1]
+    steps = torch.zeros(mask.shape, dtype=torch.long)
+    for row, lines in zip(steps, query_of_token, strict=True):
+        line = begin = 0
+        for t, query in enumerate(lines):
+            row[t] = line * width + t - begin
+            if query == NO_LINE:
+                line, begin = line + 1, t + 1
+    return steps.to(mask.device)
+
+
 def token_discounts(
     query_of_token: Sequence[Sequence[int]], values: torch.Tensor, gamma: float, line_gamma: float
 ) -> torch.Tensor:

@@ -84,7 +84,13 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
     critic_warmup_steps: int = option(5, "First steps in which the critic alone learns.")
 
-    gamma: float = option(1.0, "Discount.", group="PPO and the KL", maximum=1)
+    baseline: str = option(
+        "critic", "What is subtracted from a token's reward-to-go: a critic's value (GAE), or without a critic the "
+        "mean of the other responses to the prompt at the same place (group; samples_per_prompt of 2 or more).",
+        choices=["critic", "group"],
+        group="PPO and the KL",
+    )
+    gamma: float = option(1.0, "Discount.", maximum=1)
     line_gamma: float = option(
         1.0, "Further discount across a line break; 0: each query of a list is an episode of its own.", maximum=1
     )
@@ -207,6 +213,8 @@ class Step3Config(RunOptions, ModelOptions, LoraOptions, OptimizerOptions, ZeroO
                 raise InputError(f"--{name} is missing (see --help, or give a --config that holds it)")
         check_numbers(self)
         check_annotator_name(self.monitor, "monitor", known=("", *ANNOTATORS))
+        if self.baseline == "group" and self.samples_per_prompt < 2:
+            raise InputError("--baseline group compares the responses to a prompt: give --samples_per_prompt 2 or more")
         if self.monitor_margin > 0 and not self.monitor:
             raise InputError("--monitor_margin needs --monitor: without a judge there is nothing to compare with")
         if self.reward_from == "monitor" and not self.monitor:

@@ -17,7 +17,8 @@ from step3_tppo.models import Models
 
 
 def export_models(models: Models, prompts: PromptBuilder, config: Step3Config) -> None:
-    """Write the tuned actor (`model/`, with LoRA also its adapters) and the critic (`critic/`). All ranks must call."""
+    """Write the tuned actor (`model/`, with LoRA also its adapters) and the critic, if there is one (`critic/`). All
+    ranks must call."""
     folder = Path(config.output_dir)
     state = whole_state_dict(models.actor)
     if rank() == 0:
@@ -26,14 +27,19 @@ def export_models(models: Models, prompts: PromptBuilder, config: Step3Config) -
             "max_new_tokens": config.max_response_tokens,
         }  # fmt: skip
         save_model_folder(models.actor.module, prompts.tokenizer, folder / "model", generation, state, prompts)
-    state = whole_state_dict(models.critic)
+    if models.critic is not None:
+        _export_critic(models.critic, folder)
+    barrier()
+
+
+def _export_critic(critic: HybridEngine, folder: Path) -> None:
+    state = whole_state_dict(critic)
     if rank() == 0:
         temporary = folder / ".critic.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        save_value_model(models.critic.module, state, temporary)
+        save_value_model(critic.module, state, temporary)
         shutil.rmtree(folder / "critic", ignore_errors=True)
         temporary.rename(folder / "critic")
-    barrier()
 
 
 def whole_state_dict(hybrid: HybridEngine) -> dict[str, torch.Tensor]:

@@ -56,7 +56,8 @@ def main() -> None:
     device = distributed.start(config.hang_timeout)
     config.validate(distributed.world_size())
     check_machine(config.actor_path, config, config.quantize)
-    check_machine(config.critic_path or config.actor_path, config)
+    if config.baseline == "critic":
+        check_machine(config.critic_path or config.actor_path, config)
     check_memory(config, device)
     first_day = run_date(config.output_dir, config.resume)
     distributed.on_main_first(lambda: claim(config, first_day))
@@ -99,10 +100,11 @@ def report(config: Step3Config, seconds: float) -> None:
     folder = Path(config.output_dir)
     write_json(folder / "timings.json", {"step3_tppo": round(seconds, 1)})
     draw_or_tell(str(folder / PAGE_NAME), lambda: write_report(folder))
+    critic = f"  critic        {folder / 'critic'}\n" if config.baseline == "critic" else ""
     print(
         f"\nstep 3 took {seconds:.0f} s\n"
         f"  tuned model   {folder / 'model'}\n"
-        f"  critic        {folder / 'critic'}\n"
+        f"{critic}"
         f"  checkpoints   {folder / 'checkpoints'}\n"
         f"  metrics       {folder / 'metrics.jsonl'}\n"
         f"  report        {folder / PAGE_NAME} (curves, warnings, sampled answers)\n"

@@ -28,7 +28,8 @@ def rollout_metrics(
     """Scalars of one rollout: rewards and their parts per token, per query and per response, KL, lengths, formats.
 
     `returns`, `advantages` (before whitening) and `kl_penalty`, the KL's part of the reward, are (B, T); `k` is the
-    number of queries asked for. Explained variance is that of the critic before its update. `response/distinct_2`, 0
+    number of queries asked for. Explained variance is that of the baseline, a critic's before its update.
+    `response/distinct_2`, 0
     for a rollout without a bigram, is comparable between rollouts of the same size alone.
     """
     mask = rollout.batch.response_mask
@@ -81,7 +82,7 @@ def rollout_metrics(
         "response/repeated_word_rate": total["repeated_words"] / max(total["counted_words"], 1.0),
         "response/function_word_rate": total["function_words"] / max(total["counted_words"], 1.0),
     }
-    return metrics | _value_metrics(rollout.values, returns, advantages, mask)
+    return metrics | _value_metrics(returns, advantages, mask)
 
 
 def update_metrics(totals: torch.Tensor, maxima: torch.Tensor) -> dict[str, float]:
@@ -149,11 +150,10 @@ def position_profiles(
     return {"tokens": tokens.tolist(), **means}
 
 
-def _value_metrics(
-    values: torch.Tensor, returns: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor
-) -> dict[str, float]:
-    """Means and deviations over the tokens of all ranks, and `1 - Var[returns - V] / Var[returns]`."""
-    columns = {"returns": returns[mask], "advantages": advantages[mask], "error": (returns - values)[mask]}
+def _value_metrics(returns: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+    """Means and deviations over the tokens of all ranks, and `1 - Var[advantages] / Var[returns]`: advantages are what
+    the baseline leaves of the returns."""
+    columns = {"returns": returns[mask], "advantages": advantages[mask]}
     columns = {name: column.double() for name, column in columns.items()}
     moments = _summed(
         {"tokens": mask.sum()}
@@ -164,7 +164,7 @@ def _value_metrics(
     mean = {name: moments[f"{name}_sum"] / count for name in columns}
     variance = {name: max(moments[f"{name}_squares"] / count - mean[name] ** 2, 0.0) for name in columns}
     differ = variance["returns"] > ROUNDING**2 * moments["returns_squares"] / count
-    explained = 1 - variance["error"] / variance["returns"] if differ else 0.0
+    explained = 1 - variance["advantages"] / variance["returns"] if differ else 0.0
     return {
         "value/explained_variance": explained,
         "value/returns_mean": mean["returns"],

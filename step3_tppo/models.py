@@ -39,17 +39,17 @@ from common.models.token_reward import (
     token_classifier_skeleton,
 )
 from common.models.token_scores import VOCABULARY_PIECE, gives_logits_of_its_head
-from common.models.value_model import load_value_model
+from common.models.value_model import ValueModel, load_value_model
 from step3_tppo.config import DORA_NEEDS_WHOLE_WEIGHTS, Step3Config
 
 
 class Models(NamedTuple):
-    """Engines that can step into inference. `reference` is None with LoRA: the actor without adapters is it. `scoring`
-    is how response tokens are scored."""
+    """Engines that can step into inference. `reference` is None with LoRA: the actor without adapters is it. `critic`
+    is None with the group baseline. `scoring` is how response tokens are scored."""
 
     actor: HybridEngine
     reference: HybridEngine | None
-    critic: HybridEngine
+    critic: HybridEngine | None
     reward: HybridEngine
     scorer: TokenRewardModel
     scoring: ScoringOptions
@@ -73,13 +73,10 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
     # Adapters within the sharded loading too, because DoRA's magnitudes begin as the norms of whole weights.
     actor = _load(training, lambda: apply_lora(load_policy(quantize=config.quantize), config))
     check_vocabulary(actor, tokenizer)
-    critic_path = config.critic_path or config.actor_path
-    critic = _load(training, lambda: load_value_model(critic_path, config, lora=config.of_critic()))
-    check_vocabulary(critic.trunk, tokenizer)
-    check_lengths(critic.trunk.config, config.max_prompt_tokens + config.max_response_tokens)
+    critic = _load_critic(config, training, tokenizer) if config.baseline == "critic" else None
     if config.gradient_checkpointing:
-        actor.gradient_checkpointing_enable()
-        critic.gradient_checkpointing_enable()
+        for model in filter(None, (actor, critic)):
+            model.gradient_checkpointing_enable()
     reference = None
     if config.lora_r == 0:
         reference = _frozen(_load(frozen, load_policy), frozen)
@@ -88,16 +85,27 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
     models = Models(
         actor=_trained(actor, config.actor_learning_rate, training, config),
         reference=reference,
-        critic=_trained(critic, config.critic_learning_rate, training, config),
+        critic=_trained(critic, config.critic_learning_rate, training, config) if critic is not None else None,
         reward=_frozen(scorer.module, frozen),
         scorer=scorer,
         scoring=ScoringOptions(),
     )
     _choose_weights(models, config)
     layout = _choose_layout(models, config)
-    models.critic.module.layout = layout
+    if models.critic is not None:
+        models.critic.module.layout = layout
     scorer.shares_prompts = layout == "shared" and _reward_model_shares(models)
     return models._replace(scoring=ScoringOptions(layout, chunks=_scores_in_chunks(models.actor)))
+
+
+def _load_critic(
+    config: Step3Config, training: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> ValueModel:
+    path = config.critic_path or config.actor_path
+    critic = _load(training, lambda: load_value_model(path, config, lora=config.of_critic()))
+    check_vocabulary(critic.trunk, tokenizer)
+    check_lengths(critic.trunk.config, config.max_prompt_tokens + config.max_response_tokens)
+    return critic
 
 
 def _reward_options(config: Step3Config) -> Step3Config:
@@ -185,8 +193,9 @@ def _choose_layout(models: Models, config: Step3Config) -> Layout:
 
     with actor.inference() as module:
         reason = why_not_shared(module, read_by_actor)
-    with critic.inference() as module:
-        reason = why_not_shared(module.trunk, read_by_critic) or reason
+    if critic is not None:
+        with critic.inference() as module:
+            reason = why_not_shared(module.trunk, read_by_critic) or reason
     if not reason:
         return "shared"
     message = f"every prompt is read once for each of its responses: {reason}"

@@ -54,10 +54,13 @@ class Step3Plan:
         )
         zero3 = trained.shards_weights
         actor = ModelSpec.of(config.actor_path, "causal_lm", config, config, zero3=zero3)
-        critic_path = config.critic_path or config.actor_path
-        critic = ModelSpec.of(critic_path, "value_model", config, config.of_critic(), zero3=zero3)
         self._actor = _Model(actor, weights_of(actor, trained=True), trained)
-        self._critic = _Model(critic, weights_of(critic, trained=True), trained)
+        self._critic = None
+        if config.baseline == "critic":
+            path = config.critic_path or config.actor_path
+            critic = ModelSpec.of(path, "value_model", config, config.of_critic(), zero3=zero3)
+            self._critic = _Model(critic, weights_of(critic, trained=True), trained)
+        self._trained = [model for model in (self._actor, self._critic) if model is not None]
         self._reference = None if config.lora_r else _Model(actor, weights_of(actor, trained=False), frozen)
         reward = reward_spec(config, zero3)
         self._reward = _Model(reward, weights_of(reward, trained=False), frozen)
@@ -76,7 +79,8 @@ class Step3Plan:
             f"step 3 on {machine.ranks} {kind}, {zero}, {config.dtype}: what each holds at most in each phase",
             machine,
             [
-                self._load(), self._generation(), *self._scoring(), self._update("critic update", self._critic),
+                self._load(), self._generation(), *self._scoring(),
+                *([self._update("critic update", self._critic)] if self._critic else []),
                 self._update("actor update", self._actor), self._optimiser_step(), self._export(),
             ],
             updates=config.total_steps,
@@ -89,7 +93,7 @@ class Step3Plan:
         if self._sharded:
             slow = ", each layer at every token, which the seconds leave out" if self._weights_mode == "sharded" else ""
             notes.append(f"weights in the rollout: {self._weights_mode}{slow} (--hybrid_weights)")
-        if self._config.lora_r and not self._config.critic_lora_r:
+        if self._critic and self._config.lora_r and not self._config.critic_lora_r:
             sharding, weights = self._critic.sharding, self._critic.weights
             size = sharding.optimizer(weights) + sharding.host(weights)
             notes.append(
@@ -117,7 +121,7 @@ class Step3Plan:
 
     def _rest(self, in_rollout: bool) -> dict[str, int]:
         """What all models hold between two passes; with ZeRO-3 gradients and buckets are never let go."""
-        trained = (self._actor, self._critic)
+        trained = self._trained
         resting = in_rollout and self._config.offload_states and self._machine.cuda
         keep = self._sharded
         return {
@@ -132,7 +136,7 @@ class Step3Plan:
         made."""
         parts = self._rest(in_rollout=False)
         if self._machine.cuda:
-            parts["optimiser"] = sum(m.sharding.masters(m.weights) for m in (self._actor, self._critic))
+            parts["optimiser"] = sum(m.sharding.masters(m.weights) for m in self._trained)
         else:
             parts = {"weights": parts["weights"]}
         return Phase("load", parts | {"gathered": max(m.sharding.on_file(m.weights) for m in self._models)})
@@ -162,7 +166,8 @@ class Step3Plan:
             passes["actor scoring"] = (self._actor, scoring_pass(self._actor.spec, rows))
         if self._reference is not None:
             passes["reference scoring"] = (self._reference, scoring_pass(self._reference.spec, rows))
-        passes["critic scoring"] = (self._critic, scoring_pass(self._critic.spec, rows))
+        if self._critic is not None:
+            passes["critic scoring"] = (self._critic, scoring_pass(self._critic.spec, rows))
         tokens = reward_tokens(config, self._reward.spec)
         size = min(config.scoring_batch_size, self._responses)
         phases = [self._scored(name, model, found, times) for name, (model, found) in passes.items()]
@@ -185,7 +190,7 @@ class Step3Plan:
         found = update_pass(model.spec, rows)
         parts = self._rest(in_rollout=False)
         if not self._sharded:
-            parts["gradients"] = sum(m.sharding.gradients(m.weights) for m in (self._actor, self._critic))
+            parts["gradients"] = sum(m.sharding.gradients(m.weights) for m in self._trained)
             parts["buckets"] = sharding.buckets(weights)
         reduction = sharding.reduction(weights)
         early = sharding.reduces_early(weights)
@@ -197,15 +202,14 @@ class Step3Plan:
 
     def _optimiser_step(self) -> Phase:
         parts = self._rest(in_rollout=False)
-        trained = (self._actor, self._critic)
         if not self._sharded:
-            parts["gradients"] = sum(model.sharding.gradients(model.weights) for model in trained)
-        parts["optimiser"] += max(model.sharding.step(model.weights) for model in trained)
+            parts["gradients"] = sum(model.sharding.gradients(model.weights) for model in self._trained)
+        parts["optimiser"] += max(model.sharding.step(model.weights) for model in self._trained)
         return Phase("optimiser step", parts)
 
     def _export(self) -> Phase:
         """Rank 0 collects whole weights in host memory, which is all that CPU ranks have."""
-        largest = max(model.sharding.on_file(model.weights) for model in (self._actor, self._critic))
+        largest = max(model.sharding.on_file(model.weights) for model in self._trained)
         return Phase("export", self._rest(in_rollout=False) | {"gathered": largest})
 
     def _rows(self, size: int, tokens: int) -> Rows:
@@ -242,12 +246,13 @@ def step3_changes(config: Step3Config, machine: Machine) -> Iterable[Change]:
     adapt_critic = Change(
         "critic_lora_r", [16], "of the critic adapters and head alone are trained; raise its learning rate tenfold"
     )
-    if config.lora_r and not config.critic_lora_r:
+    whole_critic = config.baseline == "critic" and not config.critic_lora_r
+    if config.lora_r and whole_critic:
         yield adapt_critic
     if config.hybrid_weights != "sharded":
         yield Change("hybrid_weights", ["sharded"], "rollouts gather weights layer by layer at every token: slow")
     yield from slow_changes(config, machine)
-    if not config.lora_r and not config.critic_lora_r:
+    if not config.lora_r and whole_critic:
         yield adapt_critic
     yield from last_changes(config, machine)
 

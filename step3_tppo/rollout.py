@@ -120,8 +120,10 @@ class RolloutMaker:
         if reference is None:
             with self._models.reference.inference() as module:
                 reference = self._logprobs(module, batch, blocks)
-        with self._models.critic.inference() as module:
-            (values,) = score_in_blocks(batch, blocks, lambda block: (module(block),))
+        values = torch.zeros_like(reference)
+        if self._models.critic is not None:
+            with self._models.critic.inference() as module:
+                (values,) = score_in_blocks(batch, blocks, lambda block: (module(block),))
         clock.lap("reference_critic_scoring")
         decoded = [self._decoder(ids) for ids in responses]
         judged = self._judged(examples, generated) if self._judge else None

@@ -23,7 +23,13 @@ from common.evaluation.summary import Row
 from common.pages.sections import tensorboard_layout
 from common.progress import progress
 from common.tracking import Tracker
-from step3_tppo.advantages import generalized_advantages, token_discounts, whiten
+from step3_tppo.advantages import (
+    generalized_advantages,
+    group_advantages,
+    line_steps,
+    token_discounts,
+    whiten,
+)
 from step3_tppo.batches import PromptSampler, step_seed
 from step3_tppo.config import Step3Config
 from step3_tppo.guards import RolloutGuard
@@ -148,7 +154,12 @@ class TPPOTrainer:
         rewards = config.reward_scale * self._normalise(rollout.rewards, mask) + kl_penalty
         lines = [part.query_of_token for part in rollout.parts]
         discounts = token_discounts(lines, rollout.values, config.gamma, config.line_gamma)
-        advantages, returns = generalized_advantages(rewards, rollout.values, mask, discounts, config.lam)
+        if self._models.critic is None:
+            steps = line_steps(lines, mask)
+            advantages, returns = group_advantages(rewards, mask, discounts, steps, config.samples_per_prompt)
+        else:
+            advantages, returns = generalized_advantages(rewards, rollout.values, mask, discounts, config.lam)
+        baseline = returns - advantages
         scalars = rollout_metrics(rollout, returns, advantages, kl_penalty, config.num_queries)
         scalars["kl/coef"] = beta
         judged = None
@@ -158,7 +169,7 @@ class TPPOTrainer:
         check_finite(torch.stack([rewards.sum(), rollout.values[mask].sum()]), step, "a reward or a value")
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)
-        profiles = position_profiles(rewards, rollout.values, advantages, mask, config.max_response_tokens)
+        profiles = position_profiles(rewards, baseline, advantages, mask, config.max_response_tokens)
         begun = time.perf_counter()
         self._watchdog.phase("update", step)
         scalars |= self._update(step, rollout, advantages, returns, beta)
@@ -176,12 +187,13 @@ class TPPOTrainer:
         if config.lr_schedule == "linear":
             factor *= 1 - step / config.total_steps
         peaks = (config.actor_learning_rate, config.critic_learning_rate)
-        for engine, peak in zip(self._engines().values(), peaks, strict=True):
+        for engine, peak in zip(self._engines().values(), peaks, strict=False):  # without a critic the actor alone
             for group in engine.optimizer.param_groups:
                 group["lr"] = peak * factor
 
     def _engines(self) -> dict[str, deepspeed.DeepSpeedEngine]:
-        return {"actor": self._models.actor.engine, "critic": self._models.critic.engine}
+        hybrids = {"actor": self._models.actor, "critic": self._models.critic}
+        return {name: hybrid.engine for name, hybrid in hybrids.items() if hybrid is not None}
 
     def _save(self, step: int) -> None:
         state = {

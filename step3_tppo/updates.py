@@ -57,9 +57,8 @@ class Updater:
         return update_metrics(totals, maxima) | {
             "policy/stopped_early": float(stopped),
             "policy/grad_norm": _grad_norm(self._models.actor.engine),
-            "value/grad_norm": _grad_norm(self._models.critic.engine),
             "rollout/token_imbalance": imbalance(tokens, self._device),
-        }
+        } | ({"value/grad_norm": _grad_norm(self._models.critic.engine)} if self._models.critic is not None else {})
 
     def mini_batches(self, batch: SequenceBatch, step: int) -> list[torch.Tensor]:
         """Which of this rank's responses each optimizer step of `step` learns from."""
@@ -89,7 +88,9 @@ class Updater:
         maxima = dict.fromkeys(UPDATE_MAXIMA, torch.zeros((), device=self._device))
         sums["steps"] = sums["steps"] + 1
         self._models.actor.module.train()
-        self._models.critic.module.train()
+        critic = self._models.critic
+        if critic is not None:
+            critic.module.train()
         for number, micro in enumerate(blocks, start=1):
             last = number == len(blocks)
             batch = rollout.batch.rows(micro)
@@ -101,14 +102,15 @@ class Updater:
                     rollout.values, rollout.reference_logprobs, rollout.sampled_logprobs, advantages, returns
                 )
             )
-            values = self._models.critic.engine(batch)
-            critic = value_loss(values, old_values, micro_returns, mask, config.value_clip_range, tokens)
-            self._backward(self._models.critic.engine, critic.loss, step, last)
             sums["tokens"] = sums["tokens"] + mask.sum()
-            sums["value_loss"] = sums["value_loss"] + critic.loss.detach()
-            sums["value_clipped"] = sums["value_clipped"] + critic.clipped
-            if step < config.critic_warmup_steps:
-                continue
+            if critic is not None:
+                values = critic.engine(batch)
+                value = value_loss(values, old_values, micro_returns, mask, config.value_clip_range, tokens)
+                self._backward(critic.engine, value.loss, step, last)
+                sums["value_loss"] = sums["value_loss"] + value.loss.detach()
+                sums["value_clipped"] = sums["value_clipped"] + value.clipped
+                if step < config.critic_warmup_steps:
+                    continue
             actor = self._models.actor
             scores = response_scores(
                 actor.engine, actor.module, batch, config.temperature, self._models.scoring, config.entropy_coef > 0

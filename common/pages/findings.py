@@ -206,7 +206,7 @@ def _format(rows: Sequence[Row]) -> Finding | None:
 
 def _critic(rows: Sequence[Row]) -> Finding | None:
     values = values_of(rows, "value/explained_variance")[-WINDOW:]
-    if not values or statistics.fmean(values) > EXPLAINED_VARIANCE:
+    if not values or not values_of(rows, "value/grad_norm") or statistics.fmean(values) > EXPLAINED_VARIANCE:
         return None
     return Finding(
         "The critic explains nothing",
