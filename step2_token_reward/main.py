@@ -30,6 +30,7 @@ from common.models.token_reward import (
     reads_both_ways,
     reads_causally,
     save_token_reward_model,
+    takes_prefix_attention,
     token_classifier_skeleton,
 )
 from step2_token_reward.config import Step2Config, check_config
@@ -45,6 +46,9 @@ def main() -> None:
     skeleton = token_classifier_skeleton(config.model_name_or_path, config)
     if not has_attention(skeleton, config.attn_implementation):
         raise InputError(f"{config.model_name_or_path}: {no_attention(skeleton, config.attn_implementation)}")
+    if config.prefix_attention == "auto":
+        can = config.bidirectional != "false" and takes_prefix_attention(skeleton, config.attn_implementation)
+        config.prefix_attention = str(can).lower()
     start = time.monotonic()
     distributed.start(config.hang_timeout)
     distributed.seed_everything(config.seed)
