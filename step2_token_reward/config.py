@@ -24,6 +24,10 @@ class Step2Config(TrainerOptions):
         "auto", "Let a decoder read both ways, or each word is judged without those after it; auto: a decoder does. "
         "Encoders do so anyway.", choices=["auto", "true", "false"],
     )
+    prefix_attention: str = option(
+        "false", "The history attends to itself alone, the response to both (a prefix LM): step 3 then reads a history "
+        "once for all its responses. auto: where the model can.", choices=["auto", "true", "false"],
+    )
     samples: str = option("", "The labelled responses: samples.jsonl, written by sample.py.")
     labels: str = option("", "Their labels: labels.jsonl, written by label.py.")
     prompt_template: str = option(
@@ -65,8 +69,9 @@ class Step2Config(TrainerOptions):
     def inputs(self) -> RewardInputOptions:
         """How the model's inputs are made; saved beside it, because step 3 must make them alike."""
         return RewardInputOptions(
-            self.prompt_template, self.num_queries, self.max_prompt_tokens, self.max_response_tokens
-        )
+            self.prompt_template, self.num_queries, self.max_prompt_tokens, self.max_response_tokens,
+            self.prefix_attention == "true",
+        )  # fmt: skip
 
 
 def check_config(config: Step2Config) -> None:

@@ -30,6 +30,7 @@ from common.models.token_reward import (
     reads_both_ways,
     reads_causally,
     save_token_reward_model,
+    takes_prefix_attention,
     token_classifier_skeleton,
 )
 from step2_token_reward.config import Step2Config, check_config
@@ -45,6 +46,11 @@ def main() -> None:
     skeleton = token_classifier_skeleton(config.model_name_or_path, config)
     if not has_attention(skeleton, config.attn_implementation):
         raise InputError(f"{config.model_name_or_path}: {no_attention(skeleton, config.attn_implementation)}")
+    is_decoder = reads_causally(skeleton)
+    bidirectional = config.bidirectional == "true" or (config.bidirectional == "auto" and is_decoder)
+    if config.prefix_attention == "auto":  # a causal model shares histories without it
+        can = takes_prefix_attention(skeleton, config.attn_implementation) and (bidirectional or not is_decoder)
+        config.prefix_attention = str(can).lower()
     start = time.monotonic()
     distributed.start(config.hang_timeout)
     distributed.seed_everything(config.seed)
@@ -56,7 +62,6 @@ def main() -> None:
     checkpoint = newest_checkpoint(args.output_dir)
     prepare_to_load(checkpoint, args)
 
-    bidirectional = config.bidirectional == "true" or (config.bidirectional == "auto" and reads_causally(skeleton))
     model = load_token_reward_model(config.model_name_or_path, config, bidirectional, config.heads)
     encoder = RewardEncoder(tokenizer, config.inputs, model)
     data = build_data(labelled, encoder)

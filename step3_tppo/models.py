@@ -204,13 +204,18 @@ def _choose_layout(models: Models, config: Step3Config) -> Layout:
 
 
 def _reward_model_shares(models: Models) -> bool:
-    """Whether the reward model can read a prompt once: one that reads both ways cannot, its prompt would see the
-    responses."""
-    if not reads_causally(models.reward.module):
+    """Whether the reward model can read a prompt once: a causal one, or one with prefix attention. Of others the prompt
+    would see the responses."""
+    module, prefix = models.reward.module, models.scorer.encoder.options.prefix_attention
+    if not prefix and not reads_causally(module):
         return False
 
     def read(batch: SequenceBatch, layout: Layout) -> None:
-        models.reward.module(**forward_arguments(models.reward.module, lay_out(batch, layout)))
+        if layout == "padded" and prefix:
+            # With the positions that the model itself counts.
+            module(**forward_arguments(module, lay_out(batch, "shared"), causal=False) | {"position_ids": None})
+        else:
+            module(**forward_arguments(module, lay_out(batch, layout), causal=not prefix))
 
     with models.reward.inference() as module:
         return not why_not_shared(module, read)

@@ -145,11 +145,13 @@ def sample_flags(inputs: Path, model: Path, output: Path, kernel: str) -> list[s
     )  # fmt: skip
 
 
-def reward_flags(inputs: Path, model: Path, output: Path, kernel: str, bidirectional: bool = False) -> list[str]:
+def reward_flags(
+    inputs: Path, model: Path, output: Path, kernel: str, bidirectional: bool = False, prefix: str = "auto"
+) -> list[str]:
     """Step 2's training, two updates."""
     return flags(
         LIMITS | TRAINER, model_name_or_path=model, samples=inputs / "samples.jsonl", labels=inputs / "labels.jsonl",
-        output_dir=output, attn_implementation=kernel, bidirectional=bidirectional,
+        output_dir=output, attn_implementation=kernel, bidirectional=bidirectional, prefix_attention=prefix,
     )  # fmt: skip
 
 

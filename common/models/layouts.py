@@ -104,16 +104,17 @@ def _shared(batch: SequenceBatch, read: torch.Tensor) -> tuple[torch.Tensor, ...
     )
 
 
-def forward_arguments(module: nn.Module, rows: ModelRows) -> dict[str, Any]:
+def forward_arguments(module: nn.Module, rows: ModelRows, causal: bool = True) -> dict[str, Any]:
     """Keyword arguments for `module`'s forward, without a cache.
 
-    A model with logits (which takes `logits_to_keep`) gives those alone that predict a response token: (U, V).
+    A model with logits (which takes `logits_to_keep`) gives those alone that predict a response token: (U, V). `causal`
+    as in `visible`.
     """
     arguments: dict[str, Any] = {"input_ids": rows.input_ids}
     if rows.position_ids is not None:
         arguments["position_ids"] = rows.position_ids
     if rows.segments is not None:
-        arguments["attention_mask"] = _attention_mask(module, rows)
+        arguments["attention_mask"] = _attention_mask(module, rows, causal)
     if accepts(module, "use_cache"):
         arguments["use_cache"] = False
     if accepts(module, "logits_to_keep"):
@@ -127,16 +128,28 @@ def hidden_of_predictions(trunk: nn.Module, rows: ModelRows) -> torch.Tensor:
     return hidden if rows.index is None else hidden[rows.index]
 
 
-def visible(segments: torch.Tensor, position_ids: torch.Tensor, window: int | None = None) -> torch.Tensor:
+def visible(
+    segments: torch.Tensor, position_ids: torch.Tensor | None = None, window: int | None = None, causal: bool = True
+) -> torch.Tensor:
     """Which tokens (last dimension) a token sees, as a mask (R, 1, W, W) bool.
 
-    A sliding `window` counts positions: a response's first token is next to the prompt's last one wherever it stands.
+    A token sees the prompt and its own response, `causal` up to itself. A sliding `window` counts positions: a
+    response's first token is next to the prompt's last one wherever it stands.
     """
     own, other = segments.unsqueeze(-1), segments.unsqueeze(-2)
-    seen = ((other == PROMPT) | (other == own)).tril()
+    seen = (other == PROMPT) | (other == own)
+    if causal:
+        seen = seen.tril()
     if window is not None:
-        seen &= position_ids.unsqueeze(-1) - position_ids.unsqueeze(-2) < window
+        seen &= (position_ids.unsqueeze(-1) - position_ids.unsqueeze(-2)).abs() < window
     return seen.unsqueeze(1)
+
+
+def kernel_mask(seen: torch.Tensor, kernel: str, dtype: torch.dtype) -> torch.Tensor:
+    """A mask of `visible` in the form that an attention kernel takes: eager attention adds it to the logits."""
+    if kernel == "sdpa":
+        return seen
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def why_not_shared(model: nn.Module, read: Callable[[SequenceBatch, Layout], Any]) -> str:
@@ -175,7 +188,7 @@ def _reads_apart(trunk: nn.Module, read: Callable[[SequenceBatch, Layout], Any])
     return torch.equal(beside, beside_other) and torch.allclose(beside, alone, rtol=0, atol=tolerance)
 
 
-def _attention_mask(module: nn.Module, rows: ModelRows) -> Any:
+def _attention_mask(module: nn.Module, rows: ModelRows, causal: bool) -> Any:
     """The mask of the shared layout in the form that the model's kernel takes.
 
     One for each kind of layer where a model has layers with a sliding window and layers without.
@@ -183,7 +196,7 @@ def _attention_mask(module: nn.Module, rows: ModelRows) -> Any:
     inner = without_wrapper(module)
     config = inner.config.get_text_config()
     windows = _windows(config, rows.positions)
-    masks = {window: _in_form(inner, rows, window) for window in set(windows.values())}
+    masks = {window: _in_form(inner, rows, window, causal) for window in set(windows.values())}
     if len(masks) == 1:
         return masks.popitem()[1]
     return {kind: masks[window] for kind, window in windows.items()}
@@ -198,22 +211,21 @@ def _windows(config: PretrainedConfig, positions: int) -> dict[str, int | None]:
     return {kind: window if kind == SLIDING else None for kind in kinds}
 
 
-def _in_form(inner: nn.Module, rows: ModelRows, window: int | None) -> Any:
+def _in_form(inner: nn.Module, rows: ModelRows, window: int | None, causal: bool) -> Any:
     kernel = inner.config.get_text_config()._attn_implementation
     if kernel == "flex_attention":
-        return _block_mask(rows.segments, rows.position_ids, window)
-    seen = visible(rows.segments, rows.position_ids, window)
-    if kernel == "sdpa":
-        return seen
-    dtype = next(inner.parameters()).dtype  # eager attention adds its mask to the logits
-    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        return _block_mask(rows.segments, rows.position_ids, window, causal)
+    seen = visible(rows.segments, rows.position_ids, window, causal)
+    return kernel_mask(seen, kernel, next(inner.parameters()).dtype)
 
 
-def _block_mask(segments: torch.Tensor, position_ids: torch.Tensor, window: int | None) -> Any:
+def _block_mask(segments: torch.Tensor, position_ids: torch.Tensor, window: int | None, causal: bool) -> Any:
     """`visible` as FlexAttention's block mask, which skips blocks that no token sees."""
 
     def sees(row: torch.Tensor, _: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        seen = (key <= query) & ((segments[row, key] == PROMPT) | (segments[row, key] == segments[row, query]))
+        seen = (segments[row, key] == PROMPT) | (segments[row, key] == segments[row, query])
+        if causal:
+            seen = seen & (key <= query)
         if window is not None:
             seen = seen & (position_ids[row, query] - position_ids[row, key] < window)
         return seen

@@ -15,7 +15,7 @@ from common.alignment import Span
 from common.data.prompts import PromptBuilder
 from common.data.records import Event
 from common.errors import InputError
-from common.models.layouts import accepts
+from common.models.layouts import PADDING, accepts, kernel_mask, visible
 from common.models.loading import check_vocabulary
 from common.models.reward_options import RewardInputOptions
 from common.text import Word, split_words
@@ -72,8 +72,9 @@ class RewardEncoder:
         )
         # The responses to one history come together, and step 3 meets a history again in each epoch.
         self._prompt = lru_cache(maxsize=4096)(self._render)
-        self._has_segments = accepts(model, "token_type_ids") and getattr(model.config, "type_vocab_size", 0) > 1
+        self.has_segments = accepts(model, "token_type_ids") and getattr(model.config, "type_vocab_size", 0) > 1
         self._has_global_attention = accepts(model, "global_attention_mask")
+        self._kernel, self._dtype = model.config._attn_implementation, model.dtype
 
     def encode(self, history: Sequence[Event], response: str) -> EncodedResponse:
         """Tokens of the newest events that fit and of the response, at most `max_tokens` together.
@@ -98,12 +99,19 @@ class RewardEncoder:
         return EncodedResponse(tokens, spans, split_words(response), int(surplus.sum()))
 
     def collate(self, sequences: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
-        """The model's keyword arguments, each (B, T), padded on the right; the mask is made from lengths."""
+        """The model's keyword arguments, each (B, T), padded on the right; the mask is made from lengths.
+
+        With prefix attention it is (B, 1, T, T) and says which tokens each token sees.
+        """
         batch = {
             "input_ids": pad_right([sequence.input_ids for sequence in sequences], self._pad_token_id),
             "attention_mask": pad_right([np.ones(len(sequence.input_ids)) for sequence in sequences], 0),
         }
-        if self._has_segments:
+        if self.options.prefix_attention:
+            segments = [np.arange(len(sequence.input_ids)) >= response_begin(sequence) for sequence in sequences]
+            seen = visible(pad_right(segments, PADDING), causal=False)
+            batch["attention_mask"] = kernel_mask(seen, self._kernel, self._dtype)
+        if self.has_segments:
             batch["token_type_ids"] = pad_right([sequence.token_types for sequence in sequences], 0)
         if self._has_global_attention:
             batch["global_attention_mask"] = pad_right([sequence.in_response for sequence in sequences], 0)
@@ -112,6 +120,11 @@ class RewardEncoder:
     def _render(self, history: tuple[Event, ...]) -> str:
         prompt = self._prompts.text(history)
         return prompt if prompt.endswith("\n") else prompt + "\n"
+
+
+def response_begin(sequence: TokenSequence) -> int:
+    """Where the response begins; of one without a token the row's last token stands for it."""
+    return int(sequence.in_response.argmax()) if sequence.in_response.any() else len(sequence.input_ids) - 1
 
 
 def pad_right(rows: Sequence[Any], value: int) -> torch.Tensor:

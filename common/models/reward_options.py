@@ -12,9 +12,14 @@ HEAD_OUTPUTS = {"token": NUM_CLASSES, "sentence": 1}
 
 @dataclass(frozen=True, slots=True)
 class RewardInputOptions:
-    """How a history is rendered for the reward model, and how many of its tokens history and response may have."""
+    """How a history is rendered for the reward model, and how many of its tokens history and response may have.
+
+    With `prefix_attention` the history attends to itself alone, and the response to both (a prefix LM): what a model
+    makes of a history is then the same for every response.
+    """
 
     prompt_template: str
     num_queries: int
     max_prompt_tokens: int
     max_response_tokens: int
+    prefix_attention: bool = False

@@ -24,10 +24,10 @@ from common.data.records import Event
 from common.errors import InputError, TrainingDiverged, one_line
 from common.files import read_json, write_json
 from common.models.kernels import apply_liger, settle_dtype
-from common.models.layouts import forward_arguments, lay_out
+from common.models.layouts import MASKED_KERNELS, PROMPT, accepts, forward_arguments, lay_out
 from common.models.loading import DTYPES, check_machine, load_fast_tokenizer, load_model_config
 from common.models.query_score import QueryRule, compose_query_scores
-from common.models.reward_encoder import EncodedResponse, RewardEncoder
+from common.models.reward_encoder import EncodedResponse, RewardEncoder, response_begin
 from common.models.reward_losses import judges_words, predicted_sentences, without_class_weights
 from common.models.reward_options import MAX_SCORE, RewardInputOptions
 from common.models.sequences import pad_sequences
@@ -105,11 +105,7 @@ class TokenRewardModel:
     def _shared_logits(self, encoded: Sequence[EncodedResponse]) -> torch.Tensor:
         """`_logits` where tokens of a response are, and 0 elsewhere, from rows that hold a history once."""
         ids = [item.tokens.input_ids.tolist() for item in encoded]
-        # A response without a token leaves a row its last token, because no part of a row may be empty.
-        begins = [
-            int(item.tokens.in_response.argmax()) if item.tokens.in_response.any() else len(item.tokens.input_ids) - 1
-            for item in encoded
-        ]
+        begins = [response_begin(item.tokens) for item in encoded]
         prompts = [tuple(row[:begin]) for row, begin in zip(ids, begins, strict=True)]
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
         responses = [row[begin:] for row, begin in zip(ids, begins, strict=True)]
@@ -117,7 +113,10 @@ class TokenRewardModel:
         batch = pad_sequences(prompts, responses, 0, device)
         batch = batch._replace(prompt_index=torch.tensor([numbers[prompt] for prompt in prompts], device=device))
         rows = lay_out(batch, "shared", at_tokens=True)
-        found = self.module(**forward_arguments(self.module, rows)).logits[rows.keep][rows.index].float().cpu()
+        arguments = forward_arguments(self.module, rows, causal=not self.encoder.options.prefix_attention)
+        if self.encoder.has_segments:
+            arguments["token_type_ids"] = (rows.segments > PROMPT).long()
+        found = self.module(**arguments).logits[rows.keep][rows.index].float().cpu()
         logits = found.new_zeros(*batch.input_ids.shape, found.shape[-1])
         logits[batch.predicting.roll(1, dims=1).cpu()] = found
         return logits
@@ -281,6 +280,21 @@ def _check_weights(path: str, model: PreTrainedModel, report: dict[str, Any], ne
 def reads_causally(model: PreTrainedModel) -> bool:
     """Whether `model` is a decoder: its attention modules are causal. Weights may be without storage."""
     return bool(_causal_modules(model))
+
+
+def takes_prefix_attention(model: PreTrainedModel, kernel: str) -> bool:
+    """Whether a token classifier can read with prefix attention and share histories.
+
+    Decoders without a sliding window can, and encoders of BERT's own kind, which take positions as numbers. Weights may
+    be without storage.
+    """
+    config = model.config.get_text_config()
+    decoder = reads_causally(model) and not getattr(config, "sliding_window", None)
+    return (
+        (decoder or config.model_type == "bert")
+        and kernel in MASKED_KERNELS
+        and accepts(model.base_model, "position_ids")
+    )
 
 
 def _causal_modules(model: PreTrainedModel) -> list[nn.Module]:
