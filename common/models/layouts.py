@@ -141,7 +141,7 @@ def visible(
     if causal:
         seen = seen.tril()
     if window is not None:
-        seen &= (position_ids.unsqueeze(-1) - position_ids.unsqueeze(-2)).abs() < window
+        seen &= position_ids.unsqueeze(-1) - position_ids.unsqueeze(-2) < window
     return seen.unsqueeze(1)
 
 
