@@ -206,7 +206,8 @@ def _format(rows: Sequence[Row]) -> Finding | None:
 
 def _critic(rows: Sequence[Row]) -> Finding | None:
     values = values_of(rows, "value/explained_variance")[-WINDOW:]
-    if not values or not values_of(rows, "value/grad_norm") or statistics.fmean(values) > EXPLAINED_VARIANCE:
+    without_critic = values_of(rows, "policy/grad_norm") and not values_of(rows, "value/grad_norm")
+    if not values or without_critic or statistics.fmean(values) > EXPLAINED_VARIANCE:
         return None
     return Finding(
         "The critic explains nothing",
