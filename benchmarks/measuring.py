@@ -73,15 +73,6 @@ def peer(script: str, folder: Path, steps: int, batch: int, cores: int, *more: s
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def peer_options(*numbers: str) -> argparse.Namespace:
-    """The arguments that `peer` gives a script; `numbers` are the names of further ones."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, required=True)
-    for name in ("steps", "batch", *numbers):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    return parser.parse_args()
-
-
 def timed(action: Callable[[], Any]) -> float:
     """Seconds of one call, from when every rank is here to when every rank is done."""
     distributed.barrier()
@@ -125,14 +116,6 @@ def gemm_peak(dtype: torch.dtype = torch.float32, size: int = 1024, seconds: flo
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begun)
     return 2 * size**3 / best
-
-
-def peak_memory() -> int:
-    """The most bytes that this process has held: on its GPU, or of the host's memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
 
 
 def save(name: str, content: Mapping[str, Any], path: str = "") -> None:

@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.measuring import RESULTS, on_ranks, peak_memory, save
+from benchmarks.measuring import RESULTS, on_ranks, save
 from benchmarks.models import query_tokenizer, save_reward_model
+from benchmarks.peers import peak_memory
 from benchmarks.step3 import Shape, prepare
 from benchmarks.switch import forget_peak, held_memory
 from common.data.examples import load_examples

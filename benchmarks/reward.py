@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import BertConfig, BertForTokenClassification, BertTokenizerFast
 
-from benchmarks.clock import StepClock
-from benchmarks.measuring import median_ratio, on_ranks, peak_memory, peer, read_switches, save
+from benchmarks.measuring import median_ratio, on_ranks, peer, read_switches, save
+from benchmarks.peers import StepClock, peak_memory
 from common.data.simulator import SimulatorConfig, simulate
 from common.engine.training_arguments import training_arguments
 from common.errors import run_command

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.clock import StepClock
-from benchmarks.measuring import median_ratio, on_ranks, peak_memory, peer, read_switches, save
+from benchmarks.measuring import median_ratio, on_ranks, peer, read_switches, save
 from benchmarks.models import query_tokenizer
+from benchmarks.peers import StepClock, peak_memory
 from common.engine.training_arguments import training_arguments
 from common.errors import run_command
 from common.files import read_jsonl, write_jsonl
@@ -106,7 +106,7 @@ def our_steps(folder: str, run: str) -> dict[str, Any]:
     trainer = SftTrainer(
         model=load_causal_lm(config.model_name_or_path, config),
         args=args,
-        train_dataset=list(read_jsonl(Path(folder) / "rows.jsonl")),
+        train_dataset=[row for _, row in read_jsonl(Path(folder) / "rows.jsonl")],
         data_collator=PadRight(1),
         callbacks=[clock],
         chunks=chunks,

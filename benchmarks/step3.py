@@ -26,8 +26,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.flops import Sizes, tppo_step_flops
-from benchmarks.measuring import gemm_peak, median_ratio, on_ranks, peak_memory, peer, read_switches, save
+from benchmarks.measuring import gemm_peak, median_ratio, on_ranks, peer, read_switches, save
 from benchmarks.models import query_tokenizer, random_llama, save_reward_model
+from benchmarks.peers import peak_memory
 from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
 from common.data.records import Example, Record
@@ -199,7 +200,8 @@ def trl_steps(folder: Path, workload: Workload) -> list[float]:
     more = {"prompts": shape.prompts, "samples": shape.samples, "answer_tokens": shape.answer_tokens}
     flags = [f"--{name}={number}" for name, number in more.items()]
     batch = shape.prompts * shape.samples
-    return peer("benchmarks/trl_rloo.py", folder, workload.steps + WARMUP, batch, CORES, *flags)[WARMUP:]
+    ran = peer("benchmarks/trl_rloo.py", folder, workload.steps + WARMUP, batch, CORES, *flags)
+    return ran["seconds"][WARMUP:]
 
 
 def _example(record: Record) -> Example:

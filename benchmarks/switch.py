@@ -19,8 +19,9 @@ import psutil
 import torch
 
 from benchmarks.generation import zero3_engine
-from benchmarks.measuring import on_ranks, peak_memory, read_switches, save, timed
+from benchmarks.measuring import on_ranks, read_switches, save, timed
 from benchmarks.models import query_tokenizer, random_llama
+from benchmarks.peers import peak_memory
 from benchmarks.step3 import Setup, Shape, prepare, tppo_steps
 from common.config import LoraOptions
 from common.engine import distributed

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,29 +18,23 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.clock import StepClock
-from benchmarks.measuring import peak_memory, peer_options
+from benchmarks.peers import peer_options, print_steps
+from common.files import read_jsonl
 
 
 def main() -> None:
     """Train for some steps on the token ids and labels of `rows.jsonl`."""
     options = peer_options()
-    rows = [json.loads(line) for line in (options.folder / "rows.jsonl").read_text().splitlines()]
-    clock = StepClock()
-    with tempfile.TemporaryDirectory() as output:
-        trainer = Trainer(
+    rows = [row for _, row in read_jsonl(options.folder / "rows.jsonl")]
+    print_steps(
+        options,
+        lambda arguments: Trainer(
             model=AutoModelForTokenClassification.from_pretrained(options.folder / "model", dtype=torch.float32),
-            args=TrainingArguments(
-                output_dir=output, per_device_train_batch_size=options.batch, max_steps=options.steps,
-                learning_rate=1e-5, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
-                logging_steps=1000,
-            ),
+            args=TrainingArguments(learning_rate=1e-5, **arguments),
             train_dataset=Dataset.from_list(rows),
             data_collator=DataCollatorForTokenClassification(AutoTokenizer.from_pretrained(options.folder / "model")),
-            callbacks=[clock],
-        )  # fmt: skip
-        trainer.train()
-    print(json.dumps({"seconds": clock.seconds, "peak_mib": round(peak_memory() / 2**20)}))
+        ),
+    )
 
 
 if __name__ == "__main__":
