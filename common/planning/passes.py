@@ -17,7 +17,7 @@ from common.generation.sampling import Sampling
 from common.generation.step import DecodeStep
 from common.models.layouts import ModelRows, accepts, lay_out, without_wrapper
 from common.models.response_scores import scores_of_rows
-from common.models.sequences import SequenceBatch
+from common.models.sequences import pad_sequences
 from common.planning.models import ModelSpec, gives_own_logits, meta_model
 from common.planning.tracking import PassTracker
 
@@ -58,8 +58,9 @@ class Rows(NamedTuple):
 @lru_cache(maxsize=256)
 def scoring_pass(spec: ModelSpec, rows: Rows) -> Pass:
     """A pass without gradients that gives each response token's log-prob, or value."""
-    model, score = meta_model(spec).eval(), _score(spec, meta_rows(rows))
-    with torch.no_grad(), _linear_of(spec), PassTracker(_selected(rows)) as tracker:
+    model, laid_out = meta_model(spec).eval(), _laid_out(rows)
+    score = _score(spec, laid_out.to("meta"))
+    with torch.no_grad(), _linear_of(spec), PassTracker(int(laid_out.keep.sum())) as tracker:
         score(model)
     return Pass(tracker.peak, tracker.flops)
 
@@ -67,8 +68,9 @@ def scoring_pass(spec: ModelSpec, rows: Rows) -> Pass:
 @lru_cache(maxsize=256)
 def update_pass(spec: ModelSpec, rows: Rows) -> Pass:
     """A forward and a backward pass of PPO."""
-    score = _score(spec, meta_rows(rows))
-    return training_pass(spec, lambda model: score(model).sum(), _selected(rows))
+    laid_out = _laid_out(rows)
+    score = _score(spec, laid_out.to("meta"))
+    return training_pass(spec, lambda model: score(model).sum(), int(laid_out.keep.sum()))
 
 
 def training_pass(
@@ -134,20 +136,11 @@ def decoding(spec: ModelSpec, prompts: Rows, samples: int, limit: int) -> Decodi
     return Decoding(cache, read, draw, -(-prompts.rows // count), waves * prompts.response)
 
 
-def meta_rows(rows: Rows) -> ModelRows:
-    """A batch of `rows` without padding, as a model reads it. It is laid out for real, because what a mask selects
-    cannot be told without storage."""
-    samples = min(rows.samples, rows.rows)
-    lengths = torch.full((rows.rows, 1), rows.length)
-    columns = torch.arange(rows.length)
-    batch = SequenceBatch(
-        input_ids=torch.zeros(rows.rows, rows.length, dtype=torch.long),
-        attention_mask=(columns < lengths).long(),
-        predicting=(columns >= rows.prompt - 1) & (columns < lengths - 1),
-        response_mask=torch.ones(rows.rows, rows.response, dtype=torch.bool),
-        prompt_index=torch.arange(rows.rows) // samples,
-    )
-    return lay_out(batch, "shared" if samples > 1 else "padded").to("meta")
+def _laid_out(rows: Rows) -> ModelRows:
+    """A batch of `rows` without padding, as a model reads it. It has storage, so that its masks can be counted."""
+    samples, device = min(rows.samples, rows.rows), torch.device("cpu")
+    batch = pad_sequences([[0] * rows.prompt] * rows.rows, [[0] * rows.response] * rows.rows, 0, device, samples)
+    return lay_out(batch, "shared" if samples > 1 else "padded")
 
 
 def _score(spec: ModelSpec, rows: ModelRows) -> Callable[[nn.Module], Tensor]:
@@ -155,12 +148,6 @@ def _score(spec: ModelSpec, rows: ModelRows) -> Callable[[nn.Module], Tensor]:
         return lambda model: model.values_of_rows(rows)
     chunks = gives_own_logits(spec)
     return lambda model: scores_of_rows(model, model, rows, 1.0, chunks).logprobs
-
-
-def _selected(rows: Rows) -> int:
-    """Positions at which the response tokens are predicted: a shared prompt's last one is one for all of them."""
-    samples = min(rows.samples, rows.rows)
-    return rows.rows * (rows.response - 1) + -(-rows.rows // samples)
 
 
 def _let_go(parameter: nn.Parameter) -> None:
