@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def main() -> None:
     bidirectional = config.bidirectional == "true" or (config.bidirectional == "auto" and is_decoder)
     if config.prefix_attention == "auto":  # a causal model shares histories without it
         can = takes_prefix_attention(skeleton, config.attn_implementation) and (bidirectional or not is_decoder)
-        config.prefix_attention = str(can).lower()
+        config = replace(config, prefix_attention=str(can).lower())
     start = time.monotonic()
     distributed.start(config.hang_timeout)
     distributed.seed_everything(config.seed)

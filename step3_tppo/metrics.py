@@ -29,8 +29,7 @@ def rollout_metrics(
 
     `returns`, `advantages` (before whitening) and `kl_penalty`, the KL's part of the reward, are (B, T); `k` is the
     number of queries asked for. Explained variance is that of the baseline, a critic's before its update.
-    `response/distinct_2`, 0
-    for a rollout without a bigram, is comparable between rollouts of the same size alone.
+    `response/distinct_2`, 0 for a rollout without a bigram, is comparable between rollouts of the same size alone.
     """
     mask = rollout.batch.response_mask
     responses = [split_queries(response.text) for response in rollout.generated]

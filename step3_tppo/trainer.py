@@ -186,10 +186,10 @@ class TPPOTrainer:
         factor = min(1.0, (step + 1) / (config.warmup_steps + 1))
         if config.lr_schedule == "linear":
             factor *= 1 - step / config.total_steps
-        peaks = (config.actor_learning_rate, config.critic_learning_rate)
-        for engine, peak in zip(self._engines().values(), peaks, strict=False):  # without a critic the actor alone
+        peaks = {"actor": config.actor_learning_rate, "critic": config.critic_learning_rate}
+        for name, engine in self._engines().items():
             for group in engine.optimizer.param_groups:
-                group["lr"] = peak * factor
+                group["lr"] = peaks[name] * factor
 
     def _engines(self) -> dict[str, deepspeed.DeepSpeedEngine]:
         hybrids = {"actor": self._models.actor, "critic": self._models.critic}

@@ -158,7 +158,7 @@ class Updater:
         return term
 
     def _backward(self, engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor, step: int, last: bool) -> None:
-        """Backward pass and, with the last micro-batch, the optimiser's step. Raises `TrainingDiverged`."""
+        """Backward pass and, with the last micro-batch, the optimizer's step. Raises `TrainingDiverged`."""
         # Before the gradients meet those of other ranks: a NaN must be seen where it arose, and by all ranks.
         check_finite(loss.detach(), step, "a loss")
         accumulate(engine, loss, last)
@@ -180,7 +180,7 @@ def _mean_kl(sums: torch.Tensor) -> float:
 
 
 def _grad_norm(engine: deepspeed.DeepSpeedEngine) -> float:
-    """Norm of the last optimiser step's gradient before clipping; 0 before the first one."""
+    """Norm of the last optimizer step's gradient before clipping; 0 before the first one."""
     norm = engine.get_global_grad_norm()
     norm = 0.0 if norm is None else float(norm)
     if not math.isfinite(norm):
