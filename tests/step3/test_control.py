@@ -88,10 +88,13 @@ def test_equal_values_are_whitened_to_zero() -> None:
 def test_equal_returns_have_no_variance_to_explain(value: float) -> None:
     mask = torch.ones(3, 2, dtype=torch.bool)
     returns = torch.full((3, 2), value)
-    values = returns + torch.tensor([[0.1, -0.2], [0.3, 0.0], [0.5, 0.7]])
-    assert _value_metrics(values, returns, returns, mask)["value/explained_variance"] == 0.0
-    returns = returns + torch.tensor([[1.0, -1.0], [1.0, -1.0], [1.0, -1.0]])
-    perfect = _value_metrics(returns, returns, returns, mask)
+    advantages = torch.tensor([[0.1, -0.2], [0.3, 0.0], [0.5, 0.7]])
+    assert _value_metrics(returns, advantages, mask)["value/explained_variance"] == 0.0
+    spread = torch.tensor([[1.0, -1.0], [1.0, -1.0], [1.0, -1.0]])
+    returns = returns + spread
+    half = _value_metrics(returns, spread / 2, mask)
+    assert half["value/explained_variance"] == pytest.approx(0.75, rel=1e-3)
+    perfect = _value_metrics(returns, torch.zeros(3, 2), mask)
     assert perfect["value/explained_variance"] == pytest.approx(1.0)
     assert perfect["value/returns_std"] == pytest.approx(1.0, rel=1e-3)  # also beside a mean of 100,000
 
