@@ -32,9 +32,9 @@ def main() -> None:
     model, _ = random_model(part)
     bandwidth = copy_bandwidth(device())
     found: dict[str, Any] = {"target_share": TARGET, "copy_bandwidth_gb_s": round(bandwidth / 1e9, 1), "rows": []}
-    for rows in SMALL_ROWS if part.small else ROWS:
-        lengths = (SMALL_PROMPT, SMALL_PASSES) if part.small else (PROMPT, PASSES)
-        for graphs in (False, True):
+    lengths = (SMALL_PROMPT, SMALL_PASSES) if part.small else (PROMPT, PASSES)
+    for graphs in (False, True):
+        for rows in SMALL_ROWS if part.small else ROWS:
             row = {"rows": rows, "graphs": graphs, **decoded(model, rows, *lengths, graphs, bandwidth)}
             found["rows"].append(row)
             found["best_share"] = max(row["bandwidth_share"] for row in found["rows"])

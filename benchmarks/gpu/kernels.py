@@ -1,4 +1,4 @@
-"""Step 3 with what only some machines have: fused AdamW, Liger's kernels, and QLoRA (4-bit weights, bitsandbytes).
+"""Step 3 with what only some machines have: fused AdamW, Liger's kernels, QLoRA (bitsandbytes), and FlexAttention.
 
 Each runs on its own, beside a step without it, on a random model of 0.2B weights. A missing package leaves its variant
 out; a variant that fails is recorded, and the others go on.
@@ -42,6 +42,7 @@ VARIANTS = {
     "liger": Variant({"liger": True}, "liger_kernel", cuda=True),
     "lora": Variant(ADAPTERS),
     "qlora": Variant(ADAPTERS | {"quantize": "nf4"}, "bitsandbytes", cuda=True),
+    "flex_attention": Variant({"attn_implementation": "flex_attention"}, "triton", cuda=True),
 }
 
 

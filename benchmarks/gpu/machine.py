@@ -45,13 +45,18 @@ def other_than_pinned() -> dict[str, str]:
     """The packages of requirements.txt that are missing here or of another version: what is there, and the pin."""
     differing = {}
     for name, pin in re.findall(r"^([\w.-]+)==(\S+)", REQUIREMENTS.read_text(), re.MULTILINE):
-        try:
-            there = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            there = "missing"
+        there = installed_version(name)
         if there.partition("+")[0] != pin:
             differing[name] = f"{there}, pinned {pin}"
     return differing
+
+
+def installed_version(package: str) -> str:
+    """Of a package, or "missing"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
 
 
 def copy_bandwidth(device: torch.device) -> float:

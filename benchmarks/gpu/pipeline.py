@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,11 @@ from pipeline.options import PipelineOptions, settle
 from pipeline.presets import Models
 from pipeline.stages import Run, Stage
 
-PRECISION = {"bf16": ["--dtype", "bf16", "--zero_stage", "3"], "fp32": ["--dtype", "fp32", "--zero_stage", "3"]}
-WITHOUT_ZERO = ("step2_sample",)
+# What the stages that compute with a model are given beside their precision; step 1 ends with an evaluation.
+FLAGS = {
+    "step1_sft": ["--zero_stage", "3", "--max_steps", "24", "--eval_steps", "8"], "step2_sample": [],
+    "step2_reward": ["--zero_stage", "3"], "step3_tppo": ["--zero_stage", "3"],
+}  # fmt: skip
 # bf16 keeps 8 bits of a number, so that each operation rounds by up to 0.4 %.
 TOLERANCES = {
     "sft_dev_loss_relative": 0.01, "sft_dev_loss_in_training_relative": 0.01, "sft_trained_on_cpu_relative": 0.03,
@@ -109,7 +111,7 @@ def distances_of(numbers: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def stages(name: str, gpus: int) -> list[Stage]:
     """The stages of a run in miniature up to step 3, on one GPU or one CPU rank."""
-    options = settle(PipelineOptions(run_name=name, preset="tiny", miniature=True))
+    options = settle(PipelineOptions(run_name=name, preset="tiny", miniature=True), anew=True)
     run = Run(options, Hardware(gpus, 1), Models("", ""), "tiny", None, [])
     return [stage for stage in run.stages() if stage.name != "evaluate"]
 
@@ -121,15 +123,9 @@ def sft_stage(name: str) -> Stage:
 
 def start(stage: Stage, folder: Path, dtype: str, environment: dict[str, str]) -> subprocess.Popen:
     """Begin a stage of a run in `folder`/outputs; the steps' programs in this precision, under ZeRO-3."""
-    print(f"== {stage.name}, {dtype if stage.step else 'data'}", flush=True)
-    return subprocess.Popen([*stage.command, *precision(stage, dtype)], cwd=folder, env=environment)
-
-
-def precision(stage: Stage, dtype: str) -> Sequence[str]:
-    """The flags of a stage that computes with a model."""
-    if not stage.step or stage.name == "step2_label":
-        return []
-    return PRECISION[dtype][: 2 if stage.name in WITHOUT_ZERO else None]
+    more = ["--dtype", dtype, *FLAGS[stage.name]] if stage.name in FLAGS else []
+    print(f"== {stage.name}", *more, flush=True)
+    return subprocess.Popen([*stage.command, *more], cwd=folder, env=environment)
 
 
 def finish(process: subprocess.Popen, name: str) -> None:

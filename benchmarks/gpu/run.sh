@@ -47,7 +47,7 @@ for folder in "$model" "$wheels"; do
     [ -z "$folder" ] || [ -d "$folder" ] || { echo "error: $folder: no such folder" >&2; exit 2; }
 done
 [ -f "$log" ] || { echo "error: --log $log: no such file" >&2; exit 2; }
-[[ "$minutes" =~ ^[1-9][0-9]*$ ]] || { echo "error: --minutes is a whole number, not '$minutes'" >&2; exit 2; }
+[[ "$minutes" =~ ^[1-9][0-9]*$ ]] || { echo "error: --minutes is a whole number above 0, not '$minutes'" >&2; exit 2; }
 mkdir -p "$output" || exit 2
 output="$(cd "$output" && pwd)"
 end=$(( SECONDS + 60 * minutes ))
@@ -65,6 +65,8 @@ if [ -n "$wheels" ]; then
         "$wheels"/*.whl > "$output/wheels.log" 2>&1 || { echo "wheels: not installed"; tail -n 5 "$output/wheels.log"; }
 fi
 export TPPO_VENV=none TPPO_DEBUG=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+# The ranks of a try without a GPU share few cores.
+[ -z "$small" ] || use_cpu_ranks_without_gpu
 cd "$ROOT" || exit 2
 
 # flags_of PART: its module and what it is given.
