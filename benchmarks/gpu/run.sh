@@ -11,6 +11,7 @@ declare -A LIMITS=(
     [kernels]=100 [pretrained]=3600
 )
 LEAST=10 # seconds that a part is begun with
+GRACE=5  # seconds from TERM to KILL
 
 usage() {
     cat << END
@@ -50,7 +51,7 @@ done
 [[ "$minutes" =~ ^[1-9][0-9]*$ ]] || { echo "error: --minutes is a whole number above 0, not '$minutes'" >&2; exit 2; }
 mkdir -p "$output" || exit 2
 output="$(cd "$output" && pwd)"
-end=$(( SECONDS + 60 * minutes ))
+end=$(( SECONDS + 60 * minutes - GRACE ))
 
 # What is downloaded elsewhere goes into the Python that is active; without it the project's own environment is used.
 if [ -n "$wheels" ]; then
@@ -84,7 +85,7 @@ run_part() {
     read -ra module <<< "$(flags_of "$part")"
     local flags=(--output "$output" $small)
     [ "$part" != pretrained ] || flags+=(--model "$model" --log "$log" --seconds "$(( limit - 5 ))")
-    timeout --kill-after=10 "$limit" python -m "${module[@]}" "${flags[@]}" > "$output/$part.log" 2>&1
+    timeout --kill-after="$GRACE" "$limit" python -m "${module[@]}" "${flags[@]}" > "$output/$part.log" 2>&1
 }
 
 status=0 table=""
