@@ -29,8 +29,10 @@ from pipeline.stages import Run, Stage
 
 # What the stages that compute with a model are given beside their precision; step 1 ends with an evaluation.
 FLAGS = {
-    "step1_sft": ["--zero_stage", "3", "--max_steps", "24", "--eval_steps", "8"], "step2_sample": [],
-    "step2_reward": ["--zero_stage", "3"], "step3_tppo": ["--zero_stage", "3"],
+    "step1_sft": ["--zero_stage", "3", "--max_steps", "24", "--eval_steps", "8"],
+    "step2_sample": ["--max_train_examples", "96", "--max_dev_examples", "48"],
+    "step2_reward": ["--zero_stage", "3"],
+    "step3_tppo": ["--zero_stage", "3"],
 }  # fmt: skip
 # bf16 keeps 8 bits of a number, so that each operation rounds by up to 0.4 %.
 TOLERANCES = {

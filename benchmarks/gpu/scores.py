@@ -79,7 +79,7 @@ def reward_scores(run: Path, options: ModelOptions) -> dict[str, Any]:
         pairs += [(row[: len(item.encoded.spans)], item) for row, item in zip(logits, items, strict=True)]
     settings = read_json(folder / "reward/model" / SETTINGS_NAME)
     metrics, _ = held_out_metrics(pairs, torch.tensor(settings["class_weights"]), settings["w"])
-    return {"probabilities": torch.cat([row.softmax(-1) for row, _ in pairs]), "word_auc": metrics["word_auc"]}
+    return {"probabilities": torch.cat([row.softmax(-1) for row, _ in pairs]), "word_auc": float(metrics["word_auc"])}
 
 
 if __name__ == "__main__":
