@@ -35,7 +35,7 @@ from common.models.sequences import SequenceBatch
 from common.models.token_reward import (
     TokenRewardModel,
     load_token_reward_scorer,
-    reads_causally,
+    may_share_histories,
     token_classifier_skeleton,
 )
 from common.models.value_model import ValueModel, load_value_model
@@ -205,10 +205,9 @@ def _choose_layout(models: Models, config: Step3Config) -> Layout:
 
 
 def _reward_model_shares(models: Models) -> bool:
-    """Whether the reward model can read a prompt once: a causal one, or one with prefix attention. Of others the prompt
-    would see the responses."""
+    """Whether the reward model may read a history once for all its responses, and can."""
     module, prefix = models.reward.module, models.scorer.encoder.options.prefix_attention
-    if not prefix and not reads_causally(module):
+    if not may_share_histories(module, prefix):
         return False
 
     def read(batch: SequenceBatch, layout: Layout) -> None:
