@@ -20,9 +20,9 @@ class Attention(NamedTuple):
 def settle_attention(config: Step2Config, skeleton: PreTrainedModel) -> Attention:
     """`--bidirectional` and `--prefix_attention` for the model `skeleton`, whose weights may be without storage.
 
-    `auto`: a decoder reads both ways, with prefix attention where it can: its judgements are as good, and step 3 reads
-    each history once. An encoder keeps the attention of its pretraining: prefix attention costs it quality
-    (docs/performance.md).
+    `auto`: a decoder reads both ways, with prefix attention where it can. Its judgments are as good, and step 3 reads
+    each history once. An encoder keeps the attention of its pretraining: there prefix attention costs accuracy
+    (docs/performance.md). A causal decoder shares histories without it.
     """
     is_decoder = reads_causally(skeleton)
     bidirectional = config.bidirectional == "true" or (config.bidirectional == "auto" and is_decoder)

@@ -39,10 +39,11 @@ def test_reading_in_two_parts_costs_as_much_as_at_once() -> None:
 
 
 def test_a_steps_passes_by_hand() -> None:
-    """One prompt of five tokens, two answers of one, no attention and no head: 2 FLOPs a weight and token."""
-    # Sampling reads the prompt, the reward model each answer with it; reference, critic and three times two updates
-    # read the prompt once and both answers.
-    assert tppo_step_flops(Sizes(1, 0, 0), 1, 2, 5, 1) == 2 * (5 + 2 * 6 + (2 + 3 * 2) * 7)
+    """One prompt of five tokens, two answers of one, no head: 2 FLOPs a weight and token, 4 a pair of tokens."""
+    # Sampling reads the prompt; reward model, reference, critic and three times two updates also read both answers.
+    assert tppo_step_flops(Sizes(1, 0, 0), 1, 2, 5, 1) == 2 * (5 + (3 + 3 * 2) * 7)
+    # Pairs: 15 in a causal prompt, 6 more for each answer. In the reward model the prompt has all 25.
+    assert tppo_step_flops(Sizes(0, 0, 1), 1, 2, 5, 1) == 4 * (15 + (25 + 2 * 6) + (2 + 3 * 2) * (15 + 2 * 6))
 
 
 def test_ratios_are_taken_run_by_run() -> None:
