@@ -184,4 +184,5 @@ def test_auto_stands_for_what_the_model_can(
     skeleton = token_classifier_skeleton(str(tmp_path), config)
     assert settle_attention(config, skeleton) == settled
     for forced in ("true", "false"):
-        assert settle_attention(dataclasses.replace(config, prefix_attention=forced), skeleton).prefix == (forced == "true")
+        given = dataclasses.replace(config, prefix_attention=forced)
+        assert settle_attention(given, skeleton).prefix == (forced == "true")
