@@ -62,12 +62,12 @@ def _rank(
 
 
 def allocator_settings() -> dict[str, str]:
-    """What `scripts/environment.sh` sets for glibc and torch where ranks are CPU processes: every run of the recipe has
-    it. It must be in the environment before a process starts."""
+    """How `scripts/environment.sh` has memory allocated where ranks are CPU processes: every run of the recipe has it. It
+    must be in the environment before a process starts."""
     script = "source scripts/environment.sh && use_cpu_ranks && env"
     ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     pairs = (line.split("=", 1) for line in ran.stdout.splitlines() if "=" in line)
-    return {name: value for name, value in pairs if name.startswith(("MALLOC_", "THP_"))}
+    return {name: value for name, value in pairs if name.startswith(("MALLOC_", "LD_PRELOAD"))}
 
 
 @contextmanager
