@@ -29,7 +29,7 @@ def check_writable(folder: str | Path, remedy: str) -> None:
             probe.flush()
             os.fsync(probe.fileno())  # some file systems look for room only now
     except OSError as error:
-        where = "there" if nearest == path else f"in {nearest}"
+        where = "there" if str(folder) == str(nearest) else f"in {nearest}"
         raise InputError(f"{folder}: no file can be written {where} ({error.strerror}); {remedy}") from None
 
 
