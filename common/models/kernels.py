@@ -41,11 +41,11 @@ def check_attention(implementation: str, dtype: str) -> None:
 
 
 def check_liger() -> None:
-    """Raise `InputError` unless this machine can run Liger's kernels, and Triton, which compiles them, can keep them."""
+    """Raise `InputError` unless this machine can run Liger's kernels, and keep what Triton compiles of them."""
     require_cuda("--liger", "liger_kernel", "liger-kernel", "leave the flag out")
     home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
     kept = os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache")
-    check_writable(kept, "--liger compiles kernels: set TRITON_CACHE_DIR to a folder of your own, or leave the flag out")
+    check_writable(kept, "--liger compiles kernels: set TRITON_CACHE_DIR to a folder of your own, or leave it out")
 
 
 def check_liger_family(model_type: str) -> None:
