@@ -62,8 +62,8 @@ def _rank(
 
 
 def allocator_settings() -> dict[str, str]:
-    """How `scripts/environment.sh` has memory allocated where ranks are CPU processes: every run of the recipe has it. It
-    must be in the environment before a process starts."""
+    """The allocator that `scripts/environment.sh` chooses for CPU ranks: every run of the recipe uses it. It must be in
+    the environment before a process starts."""
     script = "source scripts/environment.sh && use_cpu_ranks && env"
     ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     pairs = (line.split("=", 1) for line in ran.stdout.splitlines() if "=" in line)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
+import re
 import site
 import sys
 import tempfile
@@ -53,8 +55,9 @@ def one_line(error: BaseException | str, length: int = 300) -> str:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`; show an error as one paragraph and exit.
 
-    With 2 for bad input, 3 for a diverged run, 4 for a checkpoint that could not be written, `REQUEUE` for a run that a
-    scheduler stopped and may start again, and 1 for an error that nobody foresaw, whose traceback goes to a file.
+    With 2 for bad input and for a file that the user has no right to, 3 for a diverged run, 4 for what could not be
+    written, `REQUEUE` for a run that a scheduler stopped and may start again, and 1 for an error that nobody foresaw,
+    whose traceback goes to a file.
     `--debug`, which is taken out of the arguments, or TPPO_DEBUG=1 in the environment shows every error's traceback.
 
     Ranks other than the first say which they are: most errors are every rank's, but some are one rank's alone.
@@ -70,11 +73,10 @@ def run_command(main: Callable[[], None]) -> None:
         text = "".join(traceback.format_exception(error))
         if debug:
             print(text, end="", file=sys.stderr)
-        kind, status = next((shown for known, shown in _FORESEEN.items() if isinstance(error, known)), (None, 1))
-        message = f"{kind}: {error}" if kind else f"failed: {describe(error)}"
-        if kind is None and not debug:
+        kind, status, message = _shown(error)
+        if kind == _UNFORESEEN and not debug:
             message += f". {DEBUG_FLAG} shows the traceback; it {keep_traceback(text, rank)}"
-        print(f"{who}{message}", file=sys.stderr, flush=True)
+        print(f"{who}{kind}: {message}", file=sys.stderr, flush=True)
         raise SystemExit(status) from None
 
 
@@ -85,17 +87,51 @@ _FORESEEN: dict[type[Exception], tuple[str, int]] = {
     SaveFailed: ("not saved", 4),
     Preempted: ("stopped", REQUEUE),
 }
+_UNFORESEEN = "failed"
+_LOST_PEER = re.compile(r"Connection (closed|reset) by peer|Failed to recv, got 0 bytes|Broken pipe")
+# What the operating system refuses: a file that the user has no right to, and a disk without room.
+NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _shown(error: Exception) -> tuple[str, int, str]:
+    """How an error's line begins, the command's exit status, and the text of the line."""
+    for known, (kind, status) in _FORESEEN.items():
+        if isinstance(error, known):
+            return kind, status, str(error)
+    if isinstance(error, OSError):
+        if error.errno in NO_RIGHT and error.filename is not None:
+            what = f"{error.filename}: {error.strerror}"
+            return "error", 2, f"{what}; choose another place, or ask for the right to this one"
+        if error.errno in NO_ROOM:
+            what = f"{_place(error) if error.filename is None else error.filename}: {error.strerror}"
+            return "not saved", 4, f"{what}; make room, then repeat the command (a run: with --resume)"
+        if str(error.strerror).startswith("No usable temporary directory"):  # Python's tempfile
+            return "error", 2, f"{error.strerror}; set TMPDIR to a folder with room"
+    if lost_peer(error):
+        return "stopped", 1, "another rank has ended; what it says itself, or its launcher, is the reason"
+    return _UNFORESEEN, 1, describe(error)
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether an error is about the end of another rank, in the words of gloo and of torch's key-value store."""
+    return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
 
 
 def describe(error: Exception) -> str:
     """An unforeseen error's type and text, the last line of this project's own code that it passed, and its notes."""
+    what = f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
+    notes = map(one_line, getattr(error, "__notes__", ()))
+    return f"{what} ({', '.join([_place(error), *notes])}){_advice(error)}"
+
+
+def _place(error: Exception) -> str:
+    """The last line of this project's own code that an error passed, as FILE:LINE."""
     frames = traceback.extract_tb(error.__traceback__)
     frames = frames[1:] or frames  # run_command itself is the first
     last = next((frame for frame in reversed(frames) if _is_own(Path(frame.filename))), frames[-1])
     path = Path(last.filename)
-    place = f"{path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path}:{last.lineno}"
-    what = f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
-    return f"{what} ({', '.join([place, *map(one_line, getattr(error, '__notes__', ()))])}){_advice(error)}"
+    return f"{path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path}:{last.lineno}"
 
 
 def _advice(error: Exception) -> str:

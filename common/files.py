@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
+from common.access import check_writable, naming
 from common.errors import RUN_CONFIG_NAME, InputError
 from common.inputs import Inputs, input_digests
 from common.private import only_mine
@@ -34,7 +35,7 @@ def atomic_write(path: str | Path, private: bool = False) -> Iterator[IO[str]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", opener=only_mine if private else None) as stream:
+        with naming(path), open(temporary, "w", encoding="utf-8", opener=only_mine if private else None) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -179,7 +180,7 @@ def claim_output_dir(
     A folder that holds something is refused unless `resume` (then the settings must be those it was begun
     with, `may_differ` aside, and so must the content of the `inputs`) or `overwrite` (then a folder of an earlier run
     is removed; any other is refused).
-    Call it on one process only, before any work. Raises `InputError`.
+    Call it on one process only, before any work. Raises `InputError`, also where nothing can be written.
     """
     path = Path(path)
     marker = path / RUN_CONFIG_NAME
@@ -188,6 +189,7 @@ def claim_output_dir(
         raise InputError("--resume and --overwrite contradict each other: give one of them")
     if occupied and not marker.is_file():
         raise InputError(f"{path}: not empty and not the output of a run (no {RUN_CONFIG_NAME}); choose another folder")
+    check_writable(path, "choose another output folder")
     if occupied and overwrite:
         empty_folder(path)
     elif occupied and resume:

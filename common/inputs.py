@@ -11,6 +11,8 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from common.errors import InputError
+
 # Settings that are files, folders, hub names or the name of something built in; see `input_digests`.
 Inputs = Mapping[str, str | Path | Sequence[str | Path]]
 
@@ -35,6 +37,13 @@ def input_digests(inputs: Inputs) -> dict[str, str]:
         for path in _files([given] if isinstance(given, str | Path) else given):
             found.setdefault(f"--{flag} {path.name}", []).append(content_digest(path))
     return {name: " ".join(digests) for name, digests in found.items()}
+
+
+def check_readable(*paths: str) -> None:
+    """Raise `InputError` for a file, or a model folder's file, that this user may not read. Names of the hub pass."""
+    for file in _files(paths):
+        if not os.access(file, os.R_OK):
+            raise InputError(f"{file}: this user may not read it; its owner can allow it with chmod a+r")
 
 
 def hub_commit(name: str) -> str | None:

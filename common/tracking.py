@@ -11,6 +11,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from common.access import naming
 from common.files import atomic_write, read_jsonl
 from common.private import MODE, only_mine
 from common.progress import is_main_process
@@ -31,7 +32,8 @@ class StepFile:
 
     def append(self, step: int, row: Mapping[str, Any]) -> None:
         """Write and flush one line."""
-        with open(self.path, "a", encoding="utf-8", opener=only_mine if self._private else None) as stream:
+        opener = only_mine if self._private else None
+        with naming(self.path), open(self.path, "a", encoding="utf-8", opener=opener) as stream:
             stream.write(json.dumps({"step": step, **row}) + "\n")
 
     def _keep_steps_below(self, first_step: int) -> None:
@@ -70,17 +72,17 @@ class Tracker:
         self._metrics: MetricsFile | None = None
         self._profiles: MetricsFile | None = None
         self._writer: SummaryWriter | None = None
+        self._folder = Path(output_dir) / "tensorboard"
         if not is_main_process():
             return
         self._metrics = MetricsFile(Path(output_dir) / "metrics.jsonl", first_step)
         self._profiles = MetricsFile(Path(output_dir) / "profiles.jsonl", first_step)
         if tensorboard:
             # purge_step hides the points that a killed run wrote after the checkpoint we resume from.
-            folder = Path(output_dir) / "tensorboard"
-            self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+            self._writer = SummaryWriter(str(self._folder), purge_step=first_step or None)
             # Images show responses, and TensorBoard's own files take the umask.
             self._writer.flush()
-            for events in folder.glob("events.out.tfevents.*"):
+            for events in self._folder.glob("events.out.tfevents.*"):
                 events.chmod(MODE)
             if layout:
                 self._writer.add_custom_scalars(layout)
@@ -90,8 +92,9 @@ class Tracker:
         if self._metrics is not None:
             self._metrics.append(step, values)
         if self._writer is not None:
-            for key, value in values.items():
-                self._writer.add_scalar(key, value, step)
+            with naming(self._folder):
+                for key, value in values.items():
+                    self._writer.add_scalar(key, value, step)
 
     def profiles(self, step: int, values: Mapping[str, Sequence[float]]) -> None:
         """Log lists that run along the places of a response."""
@@ -101,12 +104,14 @@ class Tracker:
     def image(self, step: int, tag: str, draw: Callable[[], np.ndarray]) -> None:
         """Log the image that `draw` makes, (height, width, 3) of bytes; it is drawn only where one is kept."""
         if self._writer is not None:
-            self._writer.add_image(tag, draw(), step, dataformats="HWC")
+            with naming(self._folder):
+                self._writer.add_image(tag, draw(), step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close the event file."""
         if self._writer is not None:
-            self._writer.close()
+            with naming(self._folder):
+                self._writer.close()
 
 
 class JsonlCallback(TrainerCallback):

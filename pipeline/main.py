@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.access import check_writable
 from common.config import parse_config
 from common.errors import DEBUG_FLAG, InputError, run_command
 from common.files import empty_folder, lock
@@ -54,6 +55,7 @@ def main() -> None:
     # Before a model is fetched or measured, which takes long.
     wanted = check_any([lambda run=run: wanted_stages(run, step, own) for run in runs])
     refuse_to_replace(runs[0], step)
+    check_folders(runs[0], wanted)
 
     models = named_models(models)
     preset = candidates[-1]
@@ -173,6 +175,15 @@ def refuse_to_replace(run: Run, step: int | None) -> None:
         )
     if step is None and not (folder / SETTINGS_NAME).is_file():
         raise InputError(f"{folder}: not the folder of a run (no {SETTINGS_NAME}); choose another --run_name")
+
+
+def check_folders(run: Run, wanted: Sequence[Stage]) -> None:
+    """Raise `InputError` where the run's folder, or one in it that a stage writes to, takes no file."""
+    folders = [run.folder, *(stage.makes.parent for stage in wanted if stage.recorded)]
+    for folder in dict.fromkeys(folders):
+        check_writable(
+            folder, "type the command in a folder of your own, where outputs/ is made, or choose another --run_name"
+        )
 
 
 def make_room(run: Run, step: int | None) -> None:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from common.access import check_writable
 from common.config import parse_config
 from pipeline.hardware import Hardware
 from pipeline.options import PipelineOptions
@@ -294,7 +295,13 @@ class Run:
         recorded = not (alone or (program == f"step{self._step}" and self.writes_elsewhere))
         begun = ["--resume"] if recorded else self._asked
         command = ["bash", str(script), *flags, *begun, *self._hardware.flags]
-        return Stage(name, step, command, makes, lambda: self._check(program, flags), recorded)
+
+        def check() -> None:
+            self._check(program, flags)
+            if not recorded:
+                check_writable(flag_value(flags, "output_dir"), "choose another --output_dir")
+
+        return Stage(name, step, command, makes, check, recorded)
 
     @property
     def _asked(self) -> list[str]:

@@ -9,6 +9,27 @@ export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONSAFEPATH=1  # the folder where the user types may hold modules with the names of ours
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 
+# takes_files FOLDER: whether a file can be written there; a full disk may still take an empty one.
+takes_files() {
+    local file status=0
+    file="$(mktemp -p "$1" 2> /dev/null)" || return 1
+    { echo > "$file"; } 2> /dev/null || status=1
+    rm -f "$file"
+    return "$status"
+}
+
+# Temporary files lie in TMPDIR or nowhere: Python would take another folder without a word. Without TMPDIR one of those
+# that Python tries must do, as torch needs one already when it is imported.
+check_scratch() {
+    local folder folders=(/tmp /var/tmp /usr/tmp "$PWD")
+    if [ -n "${TMPDIR:-}" ]; then folders=("$TMPDIR"); fi
+    for folder in "${folders[@]}"; do
+        if takes_files "$folder"; then return; fi
+    done
+    echo "error: no file can be written in ${TMPDIR:-/tmp, /var/tmp, /usr/tmp or here}; set TMPDIR to a folder with room" >&2
+    exit 2
+}
+
 # install_requirements NAME: make the virtual environment when there is none, and install NAME.txt into it unless exactly
 # this has been done before (a stamp holds the requirement files' checksum).
 install_requirements() {
@@ -89,7 +110,8 @@ launch() {
     # Given a number of GPUs, deepspeed ignores which ones the user allows: the first so many of those are named instead.
     if [ -z "$hostfile" ] && [ "${DS_ACCELERATOR:-}" != cpu ] && [[ "$gpus:${CUDA_VISIBLE_DEVICES:-}" =~ ^[0-9]+:[0-9,]+$ ]]
     then
-        launcher+=(--include "localhost:$(cut -d, -f "-$gpus" <<< "$CUDA_VISIBLE_DEVICES")")
+        # No here-string anywhere: a bash before 5.1 writes a temporary file for each.
+        launcher+=(--include "localhost:$(printf %s "$CUDA_VISIBLE_DEVICES" | cut -d, -f "-$gpus")")
     elif [ -n "$gpus" ]; then
         launcher+=(--num_gpus "$gpus")
     fi
@@ -124,8 +146,9 @@ launch() {
     [ -z "$remote" ] || rm -f "$remote"
     case "$status" in
         0|2|3|4|70|75) ;; # every rank has printed its own message
-        *) [ -z "$output" ] || python - "$output" "$begun" >&2 <<< \
-            'import sys; from common.engine.watchdog import silent_ends as s; print(s(sys.argv[1], float(sys.argv[2])))' ;;
+        *) [ -z "$output" ] || python -c \
+            'import sys; from common.engine.watchdog import silent_ends as s; print(s(sys.argv[1], float(sys.argv[2])))' \
+            "$output" "$begun" >&2 ;;
     esac
     return "$status"
 }
@@ -136,7 +159,8 @@ remote_environment() {
     [ -z "${DS_ENV_FILE:-}" ] && [ ! -f .deepspeed_env ] && [ ! -f ~/.deepspeed_env ] || return 0
     local file name text=""
     for name in DS_ACCELERATOR OMP_NUM_THREADS MALLOC_ARENA_MAX TOKENIZERS_PARALLELISM \
-        GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME NCCL_DEBUG NCCL_IB_DISABLE HF_HOME HF_HUB_OFFLINE TPPO_DEBUG; do
+        GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME NCCL_DEBUG NCCL_IB_DISABLE HF_HOME HF_HUB_OFFLINE TPPO_DEBUG \
+        TMPDIR XDG_CACHE_HOME TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR TORCH_EXTENSIONS_DIR MPLCONFIGDIR; do
         [ -z "${!name:-}" ] || text+="$name=${!name}"$'\n'
     done
     if ! { file="$(mktemp)" && printf '%s' "$text" > "$file"; } 2> /dev/null; then
@@ -162,3 +186,5 @@ signal_ranks() {
 free_port() {
     python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
+
+check_scratch

@@ -13,7 +13,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import run_command
-from common.prediction.main import main
+
+
+def start() -> None:
+    """Imports first, so that their errors are shown as others are: torch needs a folder for temporary files."""
+    from common.prediction.main import main
+
+    main()
+
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(start)

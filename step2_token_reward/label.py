@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from common.access import check_writable, naming
 from common.config import MAX_SEED, option, parse_config
 from common.data.cleaning import hash_fraction
 from common.errors import InputError, run_command
@@ -108,9 +109,10 @@ def main() -> None:
 
 
 def check_config(config: LabelConfig) -> None:
-    """Raise `InputError` for flags that are missing or contradict each other."""
+    """Raise `InputError` for flags that are missing or contradict each other, and where no label can be written."""
     if not config.samples or not config.labels:
         raise InputError("--samples and --labels are needed: the file to label and the file for the labels")
+    check_writable(Path(config.labels).parent, "give another --labels")
     check_annotator_name(config.annotator, "annotator", known=(*ANNOTATORS, LLM))
     if config.dry_run and config.annotator != LLM:
         raise InputError("--dry_run is for the annotator llm: the others ask nobody")
@@ -139,7 +141,7 @@ def label_samples(samples: Samples, labels_path: Path, annotator: Annotator | Ba
     sample is labelled if one is malformed.
     """
     labels_path.parent.mkdir(parents=True, exist_ok=True)
-    with open(labels_path, "a", encoding="utf-8", opener=only_mine) as stream:
+    with naming(labels_path), open(labels_path, "a", encoding="utf-8", opener=only_mine) as stream:
         lock(stream, labels_path, "give another --labels")  # or each sample would be labelled twice
         mend_last_line(labels_path, _LABEL_START)
         missing = missing_samples(samples, labels_path, annotator)
@@ -150,7 +152,8 @@ def label_samples(samples: Samples, labels_path: Path, annotator: Annotator | Ba
             if isinstance(result, Annotation):
                 _append(stream, label_row(missing[place], annotator.name, result))
                 return
-            with open(quarantine_path(labels_path), "a", encoding="utf-8", opener=only_mine) as quarantine:
+            path = quarantine_path(labels_path)
+            with naming(path), open(path, "a", encoding="utf-8", opener=only_mine) as quarantine:
                 _append(quarantine, quarantine_row(missing[place], annotator.name, result))
 
         annotate_all(annotator, items, done, progress="label", before=len(samples) - len(missing))

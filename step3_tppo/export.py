@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 
 from common.data.prompts import PromptBuilder
-from common.engine.distributed import barrier, rank
+from common.engine.distributed import on_main_first
 from common.engine.hybrid import HybridEngine
-from common.models.loading import save_model_folder
+from common.models.loading import complete_folder, save_model_folder
 from common.models.value_model import save_value_model
 from step3_tppo.config import Step3Config
 from step3_tppo.models import Models
@@ -21,25 +20,27 @@ def export_models(models: Models, prompts: PromptBuilder, config: Step3Config) -
     ranks must call."""
     folder = Path(config.output_dir)
     state = whole_state_dict(models.actor)
-    if rank() == 0:
-        generation = {
-            "do_sample": True, "temperature": config.temperature, "top_k": 0,
-            "max_new_tokens": config.max_response_tokens,
-        }  # fmt: skip
-        save_model_folder(models.actor.module, prompts.tokenizer, folder / "model", generation, state, prompts)
+    generation = {
+        "do_sample": True, "temperature": config.temperature, "top_k": 0,
+        "max_new_tokens": config.max_response_tokens,
+    }  # fmt: skip
+    on_main_first(
+        lambda: save_model_folder(
+            models.actor.module, prompts.tokenizer, folder / "model", generation, state, prompts
+        )
+    )
     if models.critic is not None:
         _export_critic(models.critic, folder)
-    barrier()
 
 
 def _export_critic(critic: HybridEngine, folder: Path) -> None:
     state = whole_state_dict(critic)
-    if rank() == 0:
-        temporary = folder / ".critic.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        save_value_model(critic.module, state, temporary)
-        shutil.rmtree(folder / "critic", ignore_errors=True)
-        temporary.rename(folder / "critic")
+
+    def write() -> None:
+        with complete_folder(folder / "critic") as temporary:
+            save_value_model(critic.module, state, temporary)
+
+    on_main_first(write)
 
 
 def whole_state_dict(hybrid: HybridEngine) -> dict[str, torch.Tensor]:

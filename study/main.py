@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.access import check_writable
 from common.config import option, parse_config
 from common.errors import InputError, run_command
 from common.files import read_json, write_json
@@ -62,7 +63,9 @@ def main() -> None:
     if config.forecast:
         study.forecast(lambda planner: _plan_all(planner, config, scale))
         return
+    check_writable(results, "give another --results_dir")
     if not config.report_only:
+        check_writable(work, "give another --work_dir")
         chosen = study.search() if scale.search else shipped_settings()
         study.run(lambda planner: _plan(planner, config, scale, chosen))
     write_results(results)

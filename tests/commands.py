@@ -40,7 +40,7 @@ def module_name(path: Path) -> str:
 def config_of(module: str) -> type | None:
     """The dataclass that a command, or the `main` that it imports, fills; None for one that reads its flags itself."""
     text = source(module)
-    if imported := re.search(r"^from ([\w.]+) import main$", text, re.MULTILINE):
+    if imported := re.search(r"^ *from ([\w.]+) import main$", text, re.MULTILINE):
         return config_of(imported[1])
     found = re.search(r"parse_config\((\w+)\)", text)
     return getattr(importlib.import_module(module), found[1]) if found else None
@@ -49,7 +49,7 @@ def config_of(module: str) -> type | None:
 @cache
 def flags_of(module: str) -> set[str]:
     """The flags that a module takes, without dashes; those of its command where it is a script that only starts one."""
-    started = re.search(r"^from ([\w.]+) import main$", source(module), re.MULTILINE)
+    started = re.search(r"^ *from ([\w.]+) import main$", source(module), re.MULTILINE)
     if started:
         return flags_of(started[1])
     if module == "scripts.plan":  # beside its own, those of the step that is planned

@@ -75,6 +75,35 @@ def test_an_error_that_nobody_foresaw_is_one_paragraph_and_its_traceback_is_kept
     assert kept.is_relative_to(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("raised", "status", "message"),
+    [
+        ("PermissionError(13, 'Permission denied', 'a/train.jsonl')", 2,
+         "error: a/train.jsonl: Permission denied; choose another place, or ask for the right to this one"),
+        ("OSError(30, 'Read-only file system', '/data')", 2,
+         "error: /data: Read-only file system; choose another place, or ask for the right to this one"),
+        ("OSError(28, 'No space left on device', 'outputs/metrics.jsonl')", 4,
+         "not saved: outputs/metrics.jsonl: No space left on device; make room, then repeat the command "
+         "(a run: with --resume)"),
+        ("FileNotFoundError(2, \"No usable temporary directory found in ['/tmp']\")", 2,
+         "error: No usable temporary directory found in ['/tmp']; set TMPDIR to a folder with room"),
+    ],
+)  # fmt: skip
+def test_what_the_system_refuses_is_the_users_to_change(raised: str, status: int, message: str) -> None:
+    ended = run(f"raise {raised}", 1)
+    assert (ended.returncode, ended.stderr) == (status, f"{message}\n")
+
+
+def test_a_full_disk_without_a_name_shows_the_line_of_code(tmp_path: Path) -> None:
+    ended = run("raise OSError(28, 'No space left on device')", 1)
+    assert ended.returncode == 4 and re.match(r"not saved: <string>:\d+: No space left", ended.stderr), ended.stderr
+
+
+def test_a_refusal_that_names_no_file_is_unforeseen(tmp_path: Path) -> None:
+    ended = run("raise PermissionError(1, 'Operation not permitted')", 1, TMPDIR=str(tmp_path))
+    assert ended.returncode == 1 and ended.stderr.startswith("failed: PermissionError: [Errno 1] Operation not")
+
+
 def test_tracebacks_of_a_run_stand_in_its_folder_one_after_the_other(tmp_path: Path) -> None:
     (tmp_path / "run_config.json").write_text("{}")
     for text in ("first", "second"):

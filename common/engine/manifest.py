@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from common.access import system_number
 from common.engine.distributed import barrier, gather_from_ranks, on_main_first, rank, world_size
-from common.errors import InputError, SaveFailed, one_line
+from common.errors import InputError, SaveFailed, lost_peer, one_line
 from common.files import read_json, write_json
 from common.progress import phase_progress
 
@@ -27,7 +28,10 @@ def saving(what: str, kept: str) -> Iterator[None]:
     """Raise `SaveFailed` where `what` cannot be written; `kept` says what is there all the same."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch raises the second for a file that it cannot finish
+    except Exception as error:
+        # torch raises a RuntimeError for a file that it cannot finish.
+        if lost_peer(error) or not (isinstance(error, RuntimeError) or system_number(error)):
+            raise
         raise SaveFailed(f"{what} could not be written ({one_line(error)}); is the disk full? {kept}") from error
 
 

@@ -16,6 +16,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from common.access import naming
 from common.engine import distributed
 from common.engine.manifest import is_complete, newest_sound, read_facts, saving, write_manifest
 from common.engine.preemption import Preemption
@@ -67,7 +68,7 @@ class RecipeTrainer(Trainer):
 
     def train(self, *arguments: Any, **settings: Any) -> Any:
         """As in the base class; raises `Preempted`, after a checkpoint, when a scheduler asks the run to stop."""
-        with Preemption() as preemption:
+        with naming(self.args.output_dir), Preemption() as preemption:
             stop = StopWhenAsked(preemption)
             self.add_callback(stop)
             result = super().train(*arguments, **settings)

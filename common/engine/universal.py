@@ -20,6 +20,7 @@ import deepspeed
 import torch
 from deepspeed.checkpoint import ds_to_universal
 
+from common.access import check_writable
 from common.config import option, parse_config
 from common.engine.distributed import world_size
 from common.engine.manifest import MANIFEST, damage, is_complete, read_facts, write_manifest
@@ -65,6 +66,7 @@ def convert(checkpoint: Path, workers: int = 1) -> list[Path]:
     shards = sorted({path.parent for path in checkpoint.rglob(_SHARDS) if not path.parent.name.endswith(SUFFIX)})
     if not shards:
         raise InputError(f"{checkpoint} holds no shards of an optimiser ({_SHARDS}), so there is nothing to convert")
+    check_writable(checkpoint, "copy the run to a folder of your own")
     for folder in shards:
         if not _universal(folder).exists():
             _convert(folder, workers)

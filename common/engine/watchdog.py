@@ -15,12 +15,14 @@ import socket
 import sys
 import threading
 import time
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from common.access import naming
 from common.engine.distributed import rank, world_size
 from common.errors import HUNG, InputError
 
@@ -58,7 +60,8 @@ class Watchdog:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
-            self._write()
+            with suppress(OSError) if error else nullcontext():  # a full disk may be what the error is about
+                self._write()
 
     def phase(self, name: str, step: int) -> None:
         """Say what this rank does from now on."""
@@ -69,7 +72,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(self._interval):
-            self._write()
+            with suppress(OSError):  # the next phase raises it where it can be told
+                self._write()
             if time.time() - self._last_progress() > self._timeout:
                 print(self._report(), file=sys.stderr, flush=True)
                 faulthandler.dump_traceback()
@@ -91,7 +95,7 @@ class Watchdog:
         temporary = path.with_suffix(".tmp")
         beat = {"phase": name, "step": step, "since": since, "alive": time.time(), "ended": self._ended.is_set()}
         beat |= {"host": socket.gethostname(), "pid": os.getpid()}
-        with self._writing:
+        with self._writing, naming(path):
             temporary.write_text(json.dumps(beat))
             temporary.replace(path)
 

@@ -10,7 +10,7 @@ import math
 import platform
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.access import check_writable
 from common.config import MAX_SEED, ModelOptions, check_numbers, option, parse_config
 from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
@@ -46,9 +47,12 @@ from common.feedback.llm.options import EndpointOptions
 from common.feedback.load import open_annotator
 from common.feedback.names import ANNOTATORS, LLM, LLM_TEMPLATE, OWN, check_annotator_name
 from common.files import atomic_write, read_json, write_json, write_jsonl
+from common.inputs import check_readable
 from common.models.kernels import settle_dtype
+from common.models.loading import causal_lm_skeleton, load_tokenizer
 
 REPORT_NAME = "report.json"
+GENERATIONS = "generations"
 GOLD = "gold"
 _SYSTEM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -103,6 +107,7 @@ def main() -> None:
     check_config(config)
     timings = read_timings(config.timings)
     output_dir = claim_report(config.output_dir, config.overwrite)
+    check_systems(systems.values(), config)
     examples = choose_examples(load_examples(config.data_dir, config.split), config.max_examples, config.seed)
     with open_annotator(
         config.annotator, truth_path=config.truth, seed=config.seed, endpoint=config, template=LLM_TEMPLATE,
@@ -119,7 +124,7 @@ def main() -> None:
         stream.write(render_markdown(report, choose_shown(examples, rows, config)))
     write_json(output_dir / REPORT_NAME, report, private=True)
     print(render_terminal(report, str(output_dir / "report.md")))
-    print(f"next: read its warnings, then single responses with their scores in {output_dir / 'generations'}")
+    print(f"next: read its warnings, then single responses with their scores in {output_dir / GENERATIONS}")
 
 
 def generate_and_score(
@@ -136,7 +141,7 @@ def generate_and_score(
             progress=f"{name}, {decoding}",
         )
         rows[decoding] = score_rows(examples, generated, annotator, f"judge {name}, {decoding}")
-        write_jsonl(Path(config.output_dir) / "generations" / f"{name}_{decoding}.jsonl", rows[decoding])
+        write_jsonl(Path(config.output_dir) / GENERATIONS / f"{name}_{decoding}.jsonl", rows[decoding])
     return rows
 
 
@@ -253,6 +258,14 @@ def parse_systems(items: Sequence[str]) -> dict[str, str]:
     return systems
 
 
+def check_systems(paths: Iterable[str], options: ModelOptions) -> None:
+    """Raise `InputError` for a model that cannot be loaded, before the one in front of it has written its responses."""
+    for path in paths:
+        load_tokenizer(path, options.trust_remote_code, pad_token="eos")
+        causal_lm_skeleton(path, options)
+        check_readable(path)
+
+
 def check_config(config: EvaluateConfig) -> None:
     """Raise `InputError` for settings that cannot be meant."""
     for name in ("data_dir", "output_dir"):
@@ -263,8 +276,11 @@ def check_config(config: EvaluateConfig) -> None:
 
 
 def claim_report(output_dir: str, overwrite: bool) -> Path:
-    """The folder to write to. Raises `InputError` when it holds a report already and `overwrite` is not given."""
+    """The folder to write to. Raises `InputError` where nothing can be written, and when it holds a report already and
+    `overwrite` is not given."""
     path = Path(output_dir)
+    for folder in (path, path / GENERATIONS):
+        check_writable(folder, "choose another --output_dir")
     if (path / REPORT_NAME).exists() and not overwrite:
         raise InputError(f"{path / REPORT_NAME} exists; add --overwrite to replace it, or choose another --output_dir")
     return path

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
+from common.access import check_writable
 from common.config import ModelOptions
 from common.errors import InputError
 
@@ -39,8 +41,11 @@ def check_attention(implementation: str, dtype: str) -> None:
 
 
 def check_liger() -> None:
-    """Raise `InputError` unless this machine can run Liger's kernels."""
+    """Raise `InputError` unless this machine can run Liger's kernels, and keep what Triton compiles of them."""
     require_cuda("--liger", "liger_kernel", "liger-kernel", "leave the flag out")
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    kept = os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache")
+    check_writable(kept, "--liger compiles kernels: set TRITON_CACHE_DIR to a folder of your own, or leave it out")
 
 
 def check_liger_family(model_type: str) -> None:

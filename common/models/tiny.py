@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from common.access import check_writable
 from common.config import MAX_SEED, option, parse_config
 from common.data.examples import load_examples
 from common.data.prompts import PromptBuilder
@@ -121,6 +122,7 @@ def _check(config: TinyModelConfig) -> None:
         raise InputError("give --data_dir and --output_dir")
     if Path(config.output_dir).exists() and not config.overwrite:
         raise InputError(f"{config.output_dir} is there already; add --overwrite to replace it")
+    check_writable(Path(config.output_dir).parent, "choose another --output_dir")
     if config.vocab_size < BYTES + 2:
         raise InputError(f"--vocab_size {config.vocab_size}: all bytes, EOS and pad need at least {BYTES + 2}")
     if config.num_heads < 1 or config.hidden_size % (2 * config.num_heads):

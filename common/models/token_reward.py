@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from common.access import naming
 from common.alignment import NO_LINE, pool_token_scores, token_words
 from common.config import ModelOptions
 from common.data.prompts import CHAT, TEMPLATE_DIR
@@ -260,12 +261,13 @@ def save_token_reward_model(
     path = Path(path)
     if path.exists():
         shutil.rmtree(path)
-    model.save_pretrained(path, state_dict=state_dict)
-    tokenizer.save_pretrained(path)
     settings = asdict(inputs)
-    if _is_file(inputs.prompt_template):
-        shutil.copyfile(inputs.prompt_template, path / TEMPLATE_NAME)
-        settings["prompt_template"] = TEMPLATE_NAME
+    with naming(path):
+        model.save_pretrained(path, state_dict=state_dict)
+        tokenizer.save_pretrained(path)
+        if _is_file(inputs.prompt_template):
+            shutil.copyfile(inputs.prompt_template, path / TEMPLATE_NAME)
+            settings["prompt_template"] = TEMPLATE_NAME
     write_json(path / SETTINGS_NAME, {"inputs": settings, **facts})
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
+from common.access import check_writable
 from common.config import MAX_SEED, ModelOptions, check_numbers, option
 from common.data.readers import AUTO, READERS
 from common.errors import InputError
 from common.generation.sampling import Sampling
+from common.inputs import check_readable
 from common.models.loading import check_attention
 
 
@@ -50,6 +52,9 @@ def check_config(config: PredictConfig) -> None:
         raise InputError("give --history and --output together, or neither for a dialogue")
     if config.output and Path(config.output).exists() and not config.overwrite:
         raise InputError(f"{config.output} exists; add --overwrite to replace it, or choose another --output")
+    check_readable(config.history, config.model, config.reward)
+    if config.output:
+        check_writable(Path(config.output).parent, "choose another --output")
     check_numbers(config)
     if config.temperature == 0 and config.samples > 1:
         raise InputError("--samples: greedy responses are all alike; add --temperature 1, or keep 1 sample")

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.access import naming
 from common.errors import InputError
 from common.files import read_jsonl
 from common.private import only_mine
@@ -37,7 +38,7 @@ class PartialOutput:
             self.settings = self._begin(json.loads(json.dumps(settings)))
             self.rows = self._keep_parts(total_rows, part_rows)
         except BaseException:
-            self._file.close()
+            self._close()
             raise
 
     def __enter__(self) -> PartialOutput:
@@ -47,7 +48,7 @@ class PartialOutput:
         """Close the file; one without an answer is removed."""
         if not self.rows:
             self.remove()
-        self._file.close()
+        self._close()
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write a part; it is on the disk when this returns."""
@@ -61,6 +62,10 @@ class PartialOutput:
     def remove(self) -> None:
         """Delete the file."""
         self.path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        with naming(self.path):  # what a full disk did not take is tried once more
+            self._file.close()
 
     def _lock(self) -> None:
         try:
@@ -108,9 +113,10 @@ class PartialOutput:
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-        self._file.write("".join(lines).encode("utf-8"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.write("".join(lines).encode("utf-8"))
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 def _settings(line: bytes) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,17 @@ def test_a_package_or_repository_that_is_not_there_is_null(tmp_path: Path, monke
     assert "quantize" not in found["choices"]  # step 2 has no such flag
     monkeypatch.setenv("PATH", str(tmp_path))  # no git either
     assert environment(TrainerOptions())["git_commit"] is None
+
+
+def test_the_commit_of_another_users_clone_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone that an administrator made for all; git refuses such a repository by default."""
+    described = environment(TrainerOptions())["git_commit"]
+    if described is None:
+        pytest.skip("no git, or no repository")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own tests use it
+    status = subprocess.run(["git", "-C", str(noted.REPOSITORY), "status"], capture_output=True, text=True, check=False)
+    assert "dubious ownership" in status.stderr
+    assert environment(TrainerOptions())["git_commit"] == described
 
 
 @pytest.mark.parametrize("fused", [True, False])

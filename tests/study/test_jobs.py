@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import InputError
 from study.jobs import Job, JobRunner, StudyFailed, fingerprints, needed_jobs, shell_line
+from study.main import main
 from tests.commands import ROOT
 
 MODULE = "tests.study.job_that_writes"
@@ -81,3 +83,16 @@ def test_a_changed_command_changes_the_fingerprints_of_all_that_follows() -> Non
     before, after = marks("1"), marks("2")
     assert {name for name in before if before[name] != after[name]} == {"sft", "ppo"}
     assert before == marks("1")
+
+
+@pytest.mark.parametrize("flag", ["--work_dir", "--results_dir"])
+def test_a_folder_that_cannot_be_written_is_refused_before_a_job_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    (tmp_path / "file").touch()
+    folders = {"--work_dir": str(tmp_path / "work"), "--results_dir": str(tmp_path / "results")}
+    folders[flag] = str(tmp_path / "file" / "here")
+    monkeypatch.setattr("sys.argv", ["study", "--quick", *(word for pair in folders.items() for word in pair)])
+    monkeypatch.setattr(JobRunner, "run", lambda *arguments: pytest.fail("a job has begun"))
+    with pytest.raises(InputError, match=rf"/file/here: no file can be written .*; give another {flag}$"):
+        main()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
+from common.access import naming, scratch_folder
 from common.private import only_mine
 
 ROWS_IN_MEMORY = 2_000_000
@@ -28,9 +27,9 @@ def group_rows(
     if partitions <= 1:
         yield from _grouped(rows)
         return
-    with tempfile.TemporaryDirectory(prefix="grouping-") as folder:
-        paths = [Path(folder) / f"{number}.jsonl" for number in range(partitions)]
-        with ExitStack() as stack:
+    with scratch_folder("grouping-") as folder:
+        paths = [folder / f"{number}.jsonl" for number in range(partitions)]
+        with naming(folder), ExitStack() as stack:
             streams = [stack.enter_context(open(path, "w", encoding="utf-8", opener=only_mine)) for path in paths]
             for row in rows:
                 streams[zlib.crc32(row[0].encode()) % partitions].write(json.dumps(row) + "\n")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from common.access import naming
 from common.errors import InputError
 from common.files import lock, mend_last_line
 from common.private import only_mine
@@ -62,9 +64,10 @@ class AnswerStore:
         """Append the row of a new key; it is the operating system's when this returns."""
         line = (json.dumps({"key": key, **row}, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         start = os.fstat(self._file).st_size
-        written = os.write(self._file, line)
-        if written != len(line):
-            raise OSError(f"{self.path}: only {written} of {len(line)} bytes written; is the disk full?")
+        with naming(self.path):
+            written = os.write(self._file, line)
+        if written != len(line):  # the disk is full now
+            raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes of an answer written", str(self.path))
         self._places[bytes.fromhex(key)] = (start, len(line))
 
     def _index(self) -> dict[bytes, tuple[int, int]]:

@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from common.access import scratch_folder
 from common.config import option, parse_config
 from common.data.records import Event
 from common.errors import InputError, run_command
@@ -37,8 +36,8 @@ def main() -> None:
     results: list[Annotation | Unlabelled] = []
     # A threshold of 1 lets the one record fail, so that its own reason is shown.
     endpoint = replace(config, max_failure_share=1.0, max_retries=min(config.max_retries, 2))
-    with tempfile.TemporaryDirectory() as folder, open_annotator(
-        LLM, truth_path="", seed=0, endpoint=endpoint, template=config.template, answers=Path(folder) / "answers.jsonl"
+    with scratch_folder("check-") as folder, open_annotator(
+        LLM, truth_path="", seed=0, endpoint=endpoint, template=config.template, answers=folder / "answers.jsonl"
     ) as annotator:
         annotator.annotate_all([ITEM], lambda _, result: results.append(result), "check")
     (result,) = results
