@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.gpu.part import SMALL, compute_dtype, read_part
-from benchmarks.measuring import on_ranks, peak_memory
+from benchmarks.measuring import on_ranks
+from benchmarks.peers import peak_memory
 from benchmarks.step3 import Setup, Shape, make_trainer, prepare, step_config
 from common.errors import run_command
 from common.models.loading import load_tokenizer

@@ -14,16 +14,14 @@ LEAST=10 # seconds that a part is begun with
 GRACE=5  # seconds from TERM to KILL
 
 usage() {
-    cat << END
-usage: bash benchmarks/gpu/run.sh [flags]
+    echo "usage: bash benchmarks/gpu/run.sh [flags]
   --small          the same code on tiny models, also without a GPU
   --model FOLDER   a pretrained model: the last part trains it, on as many seeds as the time allows
   --log FILE       the log that the last part takes (examples/logs/cast_ikat.jsonl)
   --wheels DIR     install what is in this folder first, without a network
   --output DIR     where results and logs go (benchmarks/results/gpu)
   --minutes N      the whole run's limit (8)
-  --parts "A B"    only these parts, of: $PARTS
-END
+  --parts \"A B\"    only these parts, of: $PARTS"
 }
 
 small="" model="" log="$ROOT/examples/logs/cast_ikat.jsonl" wheels="" output="$ROOT/benchmarks/results/gpu" minutes=8
@@ -81,8 +79,8 @@ flags_of() {
 # run_part PART SECONDS: run it with a limit, its output in PART.log, and print how it ended. TERM, then KILL: a hanging
 # kernel hears neither Python nor TERM.
 run_part() {
-    local part="$1" limit="$2" module
-    read -ra module <<< "$(flags_of "$part")"
+    local part="$1" limit="$2"
+    local module=($(flags_of "$part")) # words without spaces
     local flags=(--output "$output" $small)
     [ "$part" != pretrained ] || flags+=(--model "$model" --log "$log" --seconds "$(( limit - 5 ))")
     timeout --kill-after="$GRACE" "$limit" python -m "${module[@]}" "${flags[@]}" > "$output/$part.log" 2>&1

@@ -16,7 +16,7 @@ from typing import Any
 from common.errors import run_rank_command
 
 PLACES = {  # where it is looked up, and its name there
-    "step": ("step3_tppo.trainer:TPPOTrainer", "_step"),
+    "step": ("step3_tppo.trainer:TPPOTrainer", "step"),
     "switch": ("common.engine.hybrid:HybridEngine", "inference"),
     "draw": ("common.generation.decode:Decoder", "_draw"),
     "update": ("step3_tppo.updates:Updater", "_optimizer_step"),
@@ -36,6 +36,7 @@ def signalled_at(function: Callable[..., Any], call: int, number: signal.Signals
         nonlocal calls
         calls += 1
         if calls == call:
+            print(f"sends itself {number.name}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), number)
         return function(*arguments, **settings)
 

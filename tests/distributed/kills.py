@@ -18,6 +18,7 @@ def run_killed(command: str, place: str, call: int, flags: list[str], output: Pa
         command, "SIGKILL", place, str(call), "1", *flags,
     ]  # fmt: skip
     ended = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=500)
+    assert "sends itself SIGKILL" in ended.stderr, ended.stderr[-2000:]  # it did not end for another reason
     assert not (output / "model").exists(), "the run ended before it was killed"
     assert not ranks_left(output), "the launcher left a rank behind"
     return ended.returncode

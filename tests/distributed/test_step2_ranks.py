@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
@@ -65,7 +66,8 @@ def test_two_ranks_with_accumulation_train_as_one_process_does(tmp_path: Path, s
     run_on_ranks(train, 2, flags_for(tmp_path / "run", model, samples, labels, *more))
 
     whole = load_token_reward_model(model, EAGER)
-    encoder = RewardEncoder(load_fast_tokenizer(model), INPUTS, whole)
+    inputs = replace(INPUTS, prefix_attention=bidirectional)  # as auto does for a decoder that reads both ways
+    encoder = RewardEncoder(load_fast_tokenizer(model), inputs, whole)
     parts = Parts(whole, encoder, build_data(rows, encoder))
     single = trainer_of(parts, tmp_path / "single", w=0.4, max_steps=2, learning_rate=1e-2, max_grad_norm=0.1)
     single.train()

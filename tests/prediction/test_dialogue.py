@@ -106,6 +106,7 @@ def test_at_a_real_terminal(model_folder: Path, reward_folder: Path) -> None:
     argv = [sys.executable, "scripts/predict.py", f"--model={model_folder}", f"--reward={reward_folder}"]
     process, terminal = pty.fork()
     if process == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what began the tests may ignore it, and a child inherits that
         os.execve(argv[0], argv, environment)
     try:
         read_until(terminal, "history> ")
@@ -133,6 +134,6 @@ def read_until(terminal: int, text: str) -> str:
     seen, deadline = b"", time.monotonic() + 300
     while not seen.endswith(text.encode()):
         ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
-        assert ready, f"no {text!r} in 120 s: {seen.decode()}"
+        assert ready, f"no {text!r} in 300 s: {seen.decode()}"
         seen += os.read(terminal, 1)
     return seen.decode()

@@ -40,6 +40,7 @@ def run_killed(inputs: Path, output: Path, place: str, call: int, rank: int) -> 
     killed = ["step3_tppo.main", "SIGKILL", place, str(call), str(rank)]
     launch[script : script + 1] = ["tests/distributed/killed_main.py", *killed]
     ended = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=500)
+    assert "sends itself SIGKILL" in ended.stderr, ended.stderr[-2000:]  # it did not end for another reason
     assert not ranks_left(output), "the launcher left a rank behind"
     return ended.returncode
 
