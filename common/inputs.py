@@ -42,8 +42,10 @@ def input_digests(inputs: Inputs) -> dict[str, str]:
 def check_readable(*paths: str) -> None:
     """Raise `InputError` for a file, or a model folder's file, that this user may not read. Names of the hub pass."""
     for file in _files(paths):
-        if not os.access(file, os.R_OK):
-            raise InputError(f"{file}: this user may not read it; its owner can allow it with chmod a+r")
+        try:
+            file.open("rb").close()
+        except PermissionError:
+            raise InputError(f"{file}: you may not read it; its owner can allow it with chmod a+r") from None
 
 
 def hub_commit(name: str) -> str | None:

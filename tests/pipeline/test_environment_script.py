@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,9 +125,10 @@ def test_gpus_are_taken_from_those_that_the_user_allows(
 
 def test_no_launch_needs_a_temporary_file(tmp_path: Path) -> None:
     """A bash before 5.1 writes one for each here-string and here-document; a newer one does so in this mode."""
-    full = "export BASH_COMPAT=50 TMPDIR=/dev/null; "
+    full = "export BASH_COMPAT=50; trap '' XFSZ; ulimit -f 0;"  # no byte can be written to any file
     here = bash(f"{full} cat <<< text", tmp_path)
     assert here.returncode != 0 and "temp file for here-document" in here.stderr
+    program(tmp_path, "python", f'exec "{sys.executable}" "$@"')
     program(tmp_path, "deepspeed", 'printf "%s\\n" "$@"')
     launch = f"{full} launch deepspeed --num_gpus 2 --master_port 5 main.py --output_dir {tmp_path}"
     ended = bash(launch, tmp_path, CUDA_VISIBLE_DEVICES="2,3,5", DS_ACCELERATOR="")
