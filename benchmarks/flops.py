@@ -32,8 +32,8 @@ def tppo_step_flops(sizes: Sizes, prompts: int, samples: int, prompt_tokens: int
     """Of a whole step with one pass of updates: sampling, reference, critic, reward model, and the updates of actor and
     critic, whose backward passes cost two forward passes.
 
-    Each prompt is read once for all its answers, but by the reward model, which reads both ways: its prompts see their
-    answers. Old log-probs are those of sampling.
+    Each prompt is read once for all its answers. In the reward model a prompt attends to itself both ways, and an
+    answer to the prompt and to itself. Old log-probs are those of sampling.
     """
     whole = prompt_tokens + answer_tokens
     responses = prompts * samples
@@ -41,5 +41,8 @@ def tppo_step_flops(sizes: Sizes, prompts: int, samples: int, prompt_tokens: int
     sampling = read + responses * forward_flops(sizes, prompt_tokens, whole - 1, logits=answer_tokens)
     with_logits = read + responses * forward_flops(sizes, prompt_tokens, whole, logits=answer_tokens)
     without = read + responses * forward_flops(sizes, prompt_tokens, whole)
-    reward = responses * forward_flops(sizes, 0, whole)
+    attended = prompt_tokens**2 + samples * answer_tokens * whole
+    reward = prompts * (
+        2 * sizes.layer_weights * (prompt_tokens + samples * answer_tokens) + 4 * sizes.width_times_layers * attended
+    )
     return sampling + reward + 4 * (with_logits + without)

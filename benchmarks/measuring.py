@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,27 @@ def _rank(
     result = function(*arguments)
     if rank == 0:
         path.write_text(json.dumps(result))
+
+
+def allocator_settings() -> dict[str, str]:
+    """The allocator that `scripts/environment.sh` chooses for CPU ranks: every run of the recipe uses it. It must be in
+    the environment before a process starts."""
+    script = "source scripts/environment.sh && use_cpu_ranks && env"
+    ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    pairs = (line.split("=", 1) for line in ran.stdout.splitlines() if "=" in line)
+    return {name: value for name, value in pairs if name.startswith(("MALLOC_", "LD_PRELOAD"))}
+
+
+@contextmanager
+def environment_with(settings: Mapping[str, str]) -> Iterator[None]:
+    """`settings` in the environment of the processes that start meanwhile."""
+    before = os.environ.copy()
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def peer(script: str, folder: Path, steps: int, batch: int, cores: int, *more: str) -> Any:

@@ -50,9 +50,9 @@ def random_llama(
 def save_reward_model(
     source: Path, target: Path, tokenizer: PreTrainedTokenizerFast, prompt_tokens: int, response_tokens: int
 ) -> None:
-    """A token reward model on the trunk in `source`, with a random head, as step 2 would write it."""
+    """A token reward model on the trunk in `source`, with a random head, as step 2 writes it for a decoder."""
     model = load_token_reward_model(str(source), ModelOptions(), bidirectional=True)
-    inputs = RewardInputOptions("compact", 3, prompt_tokens, response_tokens)
+    inputs = RewardInputOptions("compact", 3, prompt_tokens, response_tokens, prefix_attention=True)
     save_token_reward_model(target, model, tokenizer, inputs, {"heads": "token", "class_weights": [1.0, 1.0, 1.0]})
 
 

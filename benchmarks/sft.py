@@ -5,6 +5,8 @@
 
 Both train all weights of a Llama with the widths of SmolLM2-135M and half of its layers in fp32, on 8 examples a step
 of up to 224 tokens, with a loss on the responses alone. The vocabulary has 49k entries (SmolLM2's), and 152k (Qwen's).
+Each runs as its users start it: ours has the allocator settings of `scripts/environment.sh`. How much of the difference
+in memory is theirs shows one more run of TRL's with the same settings.
 """
 
 from __future__ import annotations
@@ -20,7 +22,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measuring import median_ratio, on_ranks, peer, read_switches, save
+from benchmarks.measuring import (
+    allocator_settings,
+    environment_with,
+    median_ratio,
+    on_ranks,
+    peer,
+    read_switches,
+    save,
+)
 from benchmarks.models import query_tokenizer
 from benchmarks.peers import StepClock, peak_memory
 from common.engine.training_arguments import training_arguments
@@ -46,6 +56,7 @@ def main() -> None:
         "ratios": {name: result["ratios"] for name, result in found.items()},
         "shape": {"batch": BATCH, "prompt_tokens": PROMPT, "response_tokens": RESPONSE},
         "vocabularies": {name: result["runs"] for name, result in found.items()},
+        "our_allocator_settings": allocator_settings(),
     })  # fmt: skip
 
 
@@ -55,17 +66,25 @@ def measure(name: str, vocabulary: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), vocabulary)
         for run in range(RUNS):
-            runs["ours"].append(on_ranks(our_steps, 1, folder, f"run{run}"))
-            runs["trl"].append(peer("benchmarks/trl_sft.py", Path(folder), STEPS + WARMUP, BATCH, CORES))
+            with environment_with(allocator_settings()):
+                runs["ours"].append(on_ranks(our_steps, 1, folder, f"run{run}"))
+            runs["trl"].append(trl_steps(folder))
             shown = (f"{of} {row[-1]['seconds'][-1]:.1f} s, {row[-1]['peak_mib']} MiB" for of, row in runs.items())
             print(f"vocabulary {name}, run {run}, a step:", *shown, flush=True)
+        with environment_with(allocator_settings()):
+            with_allocator = trl_steps(folder)
     seconds = {of: [min(row["seconds"][WARMUP:]) for row in rows] for of, rows in runs.items()}
     peaks = {of: [row["peak_mib"] for row in rows] for of, rows in runs.items()}
     ratios = {
         "trl_seconds_over_ours": median_ratio(seconds["trl"], seconds["ours"]),
         "our_peak_over_trl": median_ratio(peaks["ours"], peaks["trl"]),
     }
-    return {"ratios": ratios, "runs": runs}
+    return {"ratios": ratios, "runs": runs | {"trl_with_our_allocator": [with_allocator]}}
+
+
+def trl_steps(folder: str) -> dict[str, Any]:
+    """Seconds and peak of TRL's trainer on the same rows."""
+    return peer("benchmarks/trl_sft.py", Path(folder), STEPS + WARMUP, BATCH, CORES)
 
 
 def prepare(folder: Path, vocabulary: int) -> None:

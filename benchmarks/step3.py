@@ -126,11 +126,12 @@ def _utilization(runs: list[Any], seconds: list[float]) -> float:
     return round(statistics.median(shares), 3)
 
 
-def prepare(folder: Path, shape: Shape, **sizes: int) -> None:
+def prepare(folder: Path, shape: Shape, dtype: torch.dtype = torch.float32, **sizes: int) -> None:
     """Examples with histories longer than the prompt budget, and the models; `sizes` as in `random_llama`."""
     tokenizer = query_tokenizer()
-    model = random_llama(tokenizer, mean_answer=1e9, **sizes)
-    model.save_pretrained(folder / "sft")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a billion weights take a CPU long to draw
+        model = random_llama(tokenizer, mean_answer=1e9, **sizes)
+    model.to(dtype).save_pretrained(folder / "sft")
     tokenizer.save_pretrained(folder / "sft")
     save_reward_model(folder / "sft", folder / "reward", tokenizer, shape.prompt_tokens, 2 * shape.answer_tokens)
     (folder / "data").mkdir()
@@ -172,26 +173,36 @@ def profiled_steps(folder: str, shape: Shape) -> str:
     return found.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=45)
 
 
+def step_config(
+    folder: str, run: str, setup: Setup, shape: Shape, steps: int, **changes: Any
+) -> Step3Config:
+    """Step 3's settings for `steps` steps that count, on what `prepare` wrote; `changes` are other fields of them."""
+    settings = {
+        "output_dir": f"{folder}/{run}", "actor_path": f"{folder}/sft", "reward_path": f"{folder}/reward",
+        "critic_path": f"{folder}/reward", "data_dir": f"{folder}/data", "prompt_template": "compact",
+        "max_prompt_tokens": shape.prompt_tokens, "max_response_tokens": shape.answer_tokens,
+        "rollout_batch_size": shape.prompts, "samples_per_prompt": shape.samples,
+        "mini_batch_size": shape.prompts * shape.samples, "micro_batch_size": 16, "scoring_batch_size": 16,
+        "sequence_layout": setup.layout, "total_steps": steps + WARMUP, "critic_warmup_steps": 0, "save_steps": 1_000,
+        "sample_steps": 1_000, "zero_stage": setup.stage, "tensorboard": False,
+        "dtype": "bf16" if torch.cuda.is_available() else "fp32",
+    }  # fmt: skip
+    return Step3Config(**settings | changes)
+
+
+def make_trainer(config: Step3Config, models: Models, shape: Shape) -> TPPOTrainer:
+    """Step 3's trainer on `models`, which `config` describes."""
+    prompts, device = _prompts(load_tokenizer(config.actor_path, False), shape), models.actor.module.device
+    make_rollout = RolloutMaker(models, prompts, reward_options(config, 4), config, device)
+    return TPPOTrainer(config, models, make_rollout, load_examples(config.data_dir, "train"), device)
+
+
 def _trainer(
     folder: str, run: str, setup: Setup, shape: Shape, steps: int
 ) -> tuple[TPPOTrainer, Step3Config, Models]:
-    cuda = torch.cuda.is_available()
-    config = Step3Config(
-        output_dir=f"{folder}/{run}", actor_path=f"{folder}/sft", reward_path=f"{folder}/reward",
-        critic_path=f"{folder}/reward", data_dir=f"{folder}/data", prompt_template="compact",
-        max_prompt_tokens=shape.prompt_tokens, max_response_tokens=shape.answer_tokens,
-        rollout_batch_size=shape.prompts, samples_per_prompt=shape.samples,
-        mini_batch_size=shape.prompts * shape.samples, micro_batch_size=16, scoring_batch_size=16,
-        sequence_layout=setup.layout,
-        total_steps=steps + WARMUP, critic_warmup_steps=0, save_steps=1_000, sample_steps=1_000, zero_stage=setup.stage,
-        tensorboard=False, dtype="bf16" if cuda else "fp32",
-    )  # fmt: skip
-    tokenizer = load_tokenizer(config.actor_path, False)
-    models = build_models(config, tokenizer)
-    prompts, device = _prompts(tokenizer, shape), models.actor.module.device
-    make_rollout = RolloutMaker(models, prompts, reward_options(config, 4), config, device)
-    examples = load_examples(config.data_dir, "train")
-    return TPPOTrainer(config, models, make_rollout, examples, device), config, models
+    config = step_config(folder, run, setup, shape, steps)
+    models = build_models(config, load_tokenizer(config.actor_path, False))
+    return make_trainer(config, models, shape), config, models
 
 
 def trl_steps(folder: Path, workload: Workload) -> list[float]:

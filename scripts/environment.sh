@@ -70,11 +70,15 @@ install_requirements() {
 use_cpu_ranks() {
     export DS_ACCELERATOR=cpu
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) > 2 ? $(nproc) / 2 : 1 ))}"
-    # glibc keeps the memory of freed tensors below 32 MiB, and torch's aligned requests cannot use it again: a rank of
-    # SmolLM2-135M grows to 9.2 GiB where 4.1 are in use. Blocks above 4 MiB go back at once; huge pages keep that cheap.
-    export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-4194304}"
-    export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-4194304}"
-    export THP_MEM_ALLOC_ENABLE="${THP_MEM_ALLOC_ENABLE:-1}"
+    # Forward and backward run in two threads. glibc gives each its own arena, and an arena cannot reuse what the other
+    # one has freed: a rank of SmolLM2-135M grows to 9.2 GiB instead of 5.1 (docs/performance.md).
+    export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-1}"
+    # tcmalloc needs even less, so it is used where it is installed, as torch's own launcher for CPUs does.
+    local find='s/.*libtcmalloc\(_minimal\)\?\.so\.4 .* => //p' tcmalloc
+    if [ -z "${LD_PRELOAD:-}" ] && tcmalloc="$(/sbin/ldconfig -p 2> /dev/null | sed -n "$find" | head -n 1)" \
+        && [ -n "$tcmalloc" ]; then
+        export LD_PRELOAD="$tcmalloc" TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD=1099511627776  # no lines about large tensors
+    fi
 }
 
 use_cpu_ranks_without_gpu() {
@@ -154,9 +158,8 @@ launch() {
 remote_environment() {
     [ -z "${DS_ENV_FILE:-}" ] && [ ! -f .deepspeed_env ] && [ ! -f ~/.deepspeed_env ] || return 0
     local file name text=""
-    for name in DS_ACCELERATOR OMP_NUM_THREADS MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ THP_MEM_ALLOC_ENABLE \
-        TOKENIZERS_PARALLELISM GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME \
-        NCCL_DEBUG NCCL_IB_DISABLE HF_HOME HF_HUB_OFFLINE TPPO_DEBUG \
+    for name in DS_ACCELERATOR OMP_NUM_THREADS MALLOC_ARENA_MAX TOKENIZERS_PARALLELISM \
+        GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME NCCL_DEBUG NCCL_IB_DISABLE HF_HOME HF_HUB_OFFLINE TPPO_DEBUG \
         TMPDIR XDG_CACHE_HOME TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR TORCH_EXTENSIONS_DIR MPLCONFIGDIR; do
         [ -z "${!name:-}" ] || text+="$name=${!name}"$'\n'
     done

@@ -52,7 +52,7 @@ def main() -> None:
     check_decodable(skeleton)
     check_lengths(skeleton.config, config.max_prompt_tokens + config.max_response_tokens)
     # Before the Trainer's arguments: with ZeRO-3 these make transformers shard every model that is made after them.
-    chunks = gives_own_logits(ModelSpec.of(config.model_name_or_path, "causal_lm", config))
+    chunks = gives_own_logits(ModelSpec.of(config.model_name_or_path, "causal_lm", config, config))
     first_day = run_date(config.output_dir, config.resume)
     builder = PromptBuilder(tokenizer, config.prompt_template, config.max_prompt_tokens, config.num_queries, first_day)
     train, dev = (

@@ -25,8 +25,8 @@ class Step2Config(TrainerOptions):
         "Encoders do so anyway.", choices=["auto", "true", "false"],
     )
     prefix_attention: str = option(
-        "false", "The history attends to itself alone, the response to both (a prefix LM): step 3 then reads a history "
-        "once for all its responses. auto: where the model can.", choices=["auto", "true", "false"],
+        "auto", "The history attends to itself alone, the response to both (a prefix LM). Step 3 then reads a history "
+        "once for all its responses. auto: for a decoder that reads both ways.", choices=["auto", "true", "false"],
     )
     samples: str = option("", "The labelled responses: samples.jsonl, written by sample.py.")
     labels: str = option("", "Their labels: labels.jsonl, written by label.py.")

@@ -29,11 +29,10 @@ from common.models.reward_losses import inverse_class_frequency
 from common.models.token_reward import (
     load_token_reward_model,
     reads_both_ways,
-    reads_causally,
     save_token_reward_model,
-    takes_prefix_attention,
     token_classifier_skeleton,
 )
+from step2_token_reward.attention import settle_attention
 from step2_token_reward.config import Step2Config, check_config
 from step2_token_reward.dataset import RewardCollator, RewardData, build_data
 from step2_token_reward.trainer import RewardTrainer
@@ -47,11 +46,8 @@ def main() -> None:
     skeleton = token_classifier_skeleton(config.model_name_or_path, config)
     if not has_attention(skeleton, config.attn_implementation):
         raise InputError(f"{config.model_name_or_path}: {no_attention(skeleton, config.attn_implementation)}")
-    is_decoder = reads_causally(skeleton)
-    bidirectional = config.bidirectional == "true" or (config.bidirectional == "auto" and is_decoder)
-    if config.prefix_attention == "auto":  # a causal model shares histories without it
-        can = takes_prefix_attention(skeleton, config.attn_implementation) and (bidirectional or not is_decoder)
-        config = replace(config, prefix_attention=str(can).lower())
+    bidirectional, prefix = settle_attention(config, skeleton)
+    config = replace(config, prefix_attention=str(prefix).lower())
     start = time.monotonic()
     distributed.start(config.hang_timeout)
     distributed.seed_everything(config.seed)

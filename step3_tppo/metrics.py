@@ -84,12 +84,13 @@ def rollout_metrics(
     return metrics | _value_metrics(returns, advantages, mask)
 
 
-def update_metrics(totals: torch.Tensor, maxima: torch.Tensor) -> dict[str, float]:
+def update_metrics(totals: torch.Tensor, maxima: torch.Tensor, has_critic: bool) -> dict[str, float]:
     """Scalars of a rollout's updates from this rank's sums and maxima, in the order of `UPDATE_SUMS` and
     `UPDATE_MAXIMA`.
 
-    `rollout/mismatch_*` is the distance between the log-probs of sampling and those of the first optimizer step, whose
-    policy is the same. It and the entropy are left out of a step that updates the critic alone.
+    Without a critic there is no `loss/value` and no `value/clip_fraction`. `rollout/mismatch_*` is the distance between
+    the log-probs of sampling and those of the first optimizer step, whose policy is the same. It and the entropy are
+    left out of a step that updates the critic alone.
     """
     sums = dict(zip(UPDATE_SUMS, sum_over_ranks(totals).tolist(), strict=True))
     highest = dict(zip(UPDATE_MAXIMA, max_over_ranks(maxima).tolist(), strict=True))
@@ -97,13 +98,16 @@ def update_metrics(totals: torch.Tensor, maxima: torch.Tensor) -> dict[str, floa
     steps = max(sums["steps"] / world_size(), 1.0)
     metrics = {
         "loss/policy": sums["policy_loss"] / world_size() / steps,
-        "loss/value": sums["value_loss"] / world_size() / steps,
         "policy/clip_fraction": sums["policy_clipped"] / tokens,
         "policy/approx_kl": sums["approx_kl"] / tokens,
         "policy/max_ratio": highest["ratio"],
-        "value/clip_fraction": sums["value_clipped"] / tokens,
         "policy/optimizer_steps": steps,
     }
+    if has_critic:
+        metrics |= {
+            "loss/value": sums["value_loss"] / world_size() / steps,
+            "value/clip_fraction": sums["value_clipped"] / tokens,
+        }
     if sums["policy_tokens"]:
         metrics |= {
             "policy/entropy": sums["entropy"] / sums["policy_tokens"],

@@ -20,7 +20,7 @@ from common.engine.hybrid import HybridEngine
 from common.engine.memory import cache_bytes, free_bytes, gathered_bytes, weights_that_fit
 from common.errors import InputError
 from common.generation.decode import check_decodable
-from common.models.layouts import Layout, forward_arguments, lay_out, why_not_shared, without_wrapper
+from common.models.layouts import Layout, forward_arguments, lay_out, why_not_shared
 from common.models.loading import (
     apply_lora,
     causal_lm_skeleton,
@@ -35,11 +35,11 @@ from common.models.sequences import SequenceBatch
 from common.models.token_reward import (
     TokenRewardModel,
     load_token_reward_scorer,
-    reads_causally,
+    may_share_histories,
     token_classifier_skeleton,
 )
-from common.models.token_scores import VOCABULARY_PIECE, gives_logits_of_its_head
 from common.models.value_model import ValueModel, load_value_model
+from common.planning.models import ModelSpec, gives_own_logits
 from step3_tppo.config import DORA_NEEDS_WHOLE_WEIGHTS, Step3Config
 
 
@@ -95,7 +95,8 @@ def build_models(config: Step3Config, tokenizer: PreTrainedTokenizerBase) -> Mod
     if models.critic is not None:
         models.critic.module.layout = layout
     scorer.shares_prompts = layout == "shared" and _reward_model_shares(models)
-    return models._replace(scoring=ScoringOptions(layout, chunks=_scores_in_chunks(models.actor)))
+    chunks = gives_own_logits(ModelSpec.of(config.actor_path, "causal_lm", config, config))
+    return models._replace(scoring=ScoringOptions(layout, chunks))
 
 
 def _load_critic(
@@ -204,10 +205,9 @@ def _choose_layout(models: Models, config: Step3Config) -> Layout:
 
 
 def _reward_model_shares(models: Models) -> bool:
-    """Whether the reward model can read a prompt once: a causal one, or one with prefix attention. Of others the prompt
-    would see the responses."""
+    """Whether the reward model may read a history once for all its responses, and can."""
     module, prefix = models.reward.module, models.scorer.encoder.options.prefix_attention
-    if not prefix and not reads_causally(module):
+    if not may_share_histories(module, prefix):
         return False
 
     def read(batch: SequenceBatch, layout: Layout) -> None:
@@ -219,12 +219,3 @@ def _reward_model_shares(models: Models) -> bool:
 
     with models.reward.inference() as module:
         return not why_not_shared(module, read)
-
-
-def _scores_in_chunks(actor: HybridEngine) -> bool:
-    """Whether full logits are worth avoiding and the model lets them be."""
-    inner = without_wrapper(actor.module)
-    if inner.config.get_text_config().vocab_size <= VOCABULARY_PIECE:
-        return False
-    with actor.inference():
-        return gives_logits_of_its_head(inner)

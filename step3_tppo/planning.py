@@ -13,11 +13,12 @@ from common.engine.deepspeed_config import inference_config, training_config
 from common.engine.memory import WeightMode, cache_bytes, free_bytes, mode_that_fits
 from common.errors import InputError, one_line
 from common.files import read_json
-from common.models.layouts import without_wrapper
+from common.models.layouts import lacks_for_sharing, without_wrapper
 from common.models.loading import has_attention
 from common.models.reward_encoder import usable_positions
 from common.models.reward_options import RewardInputOptions
-from common.models.token_reward import SETTINGS_NAME, token_classifier_skeleton
+from common.models.sequences import whole_groups
+from common.models.token_reward import SETTINGS_NAME, may_share_histories, token_classifier_skeleton
 from common.planning.advice import Change, advice_line, advise, common_changes, halvings, last_changes, slow_changes
 from common.planning.models import ModelSpec, Weights, meta_model, weights_of
 from common.planning.passes import Pass, Rows, classifier_pass, decoding, scoring_pass, update_pass
@@ -64,6 +65,7 @@ class Step3Plan:
         self._reference = None if config.lora_r else _Model(actor, weights_of(actor, trained=False), frozen)
         reward = reward_spec(config, zero3)
         self._reward = _Model(reward, weights_of(reward, trained=False), frozen)
+        self._reward_inputs = reward_inputs(config, reward)
         self._models = [
             model for model in (self._actor, self._critic, self._reference, self._reward) if model is not None
         ]
@@ -168,11 +170,10 @@ class Step3Plan:
             passes["reference scoring"] = (self._reference, scoring_pass(self._reference.spec, rows))
         if self._critic is not None:
             passes["critic scoring"] = (self._critic, scoring_pass(self._critic.spec, rows))
-        tokens = reward_tokens(config, self._reward.spec)
-        size = min(config.scoring_batch_size, self._responses)
         phases = [self._scored(name, model, found, times) for name, (model, found) in passes.items()]
-        reward = classifier_pass(self._reward.spec, size, tokens)
-        return [*phases, self._scored("reward scoring", self._reward, reward, self._responses / size)]
+        block = self._reward_rows()
+        reward = classifier_pass(self._reward.spec, block, self._reward_inputs.prefix_attention)
+        return [*phases, self._scored("reward scoring", self._reward, reward, self._responses / block.rows)]
 
     def _scored(self, name: str, model: _Model, found: Pass, times: float) -> Phase:
         parts = {"gathered": self._whole(model), "activations": found.peak}
@@ -221,9 +222,21 @@ class Step3Plan:
             size = max(1, tokens // (prompt + samples * response)) * samples
             if prompt + samples * response > tokens:
                 size = max(1, (tokens - prompt) // response)
-        elif size >= samples:
-            size -= size % samples
+        else:
+            size = whole_groups(size, samples)
         return Rows(min(size, self._responses), prompt, response, samples)
+
+    def _reward_rows(self) -> Rows:
+        """The largest block of responses that the reward model reads at once."""
+        config, inputs, model = self._config, self._reward_inputs, meta_model(self._reward.spec)
+        size = min(whole_groups(config.scoring_batch_size, config.samples_per_prompt), self._responses)
+        shares = (
+            config.wanted_layout() == "shared"
+            and may_share_histories(model, inputs.prefix_attention)
+            and not lacks_for_sharing(model)
+        )
+        samples = config.samples_per_prompt if shares else 1
+        return Rows(size, inputs.max_prompt_tokens, inputs.max_response_tokens, samples)
 
 
 def plan_step3(config: Step3Config, machine: Machine) -> Plan:
@@ -296,14 +309,15 @@ def reward_spec(config: Step3Config, zero3: bool) -> ModelSpec:
     )
 
 
-def reward_tokens(config: Step3Config, spec: ModelSpec) -> int:
-    """Tokens of a row that the reward model reads; of one that step 2 has still to make, at most its positions."""
+def reward_inputs(config: Step3Config, spec: ModelSpec) -> RewardInputOptions:
+    """What the reward model reads. One that step 2 has still to make reads as much as the actor, if it can."""
     inputs = _reward_settings(config).get("inputs")
     if inputs:
-        limits = RewardInputOptions(**inputs)
-        return limits.max_prompt_tokens + limits.max_response_tokens
-    tokens = config.max_prompt_tokens + config.max_response_tokens
-    return min(tokens, usable_positions(meta_model(spec)) or tokens)
+        return RewardInputOptions(**inputs)
+    response = config.max_response_tokens
+    tokens = config.max_prompt_tokens + response
+    tokens = min(tokens, usable_positions(meta_model(spec)) or tokens)
+    return RewardInputOptions(config.prompt_template, config.num_queries, tokens - response, response)
 
 
 def _reward_settings(config: Step3Config) -> dict:

@@ -17,7 +17,7 @@ from common.feedback.annotator import Annotator
 from common.generation.generate import Generated
 from common.generation.sampling import Sampling
 from common.models.response_scores import response_scores
-from common.models.sequences import SequenceBatch, pad_sequences, score_in_blocks
+from common.models.sequences import SequenceBatch, pad_sequences, score_in_blocks, whole_groups
 from common.progress import phase_progress
 from step3_tppo.config import Step3Config
 from step3_tppo.losses import k1_kl
@@ -181,9 +181,8 @@ class RolloutMaker:
         self, examples: Sequence[Example], generated: Sequence[Generated]
     ) -> tuple[list[list[float]], list[list[float]]]:
         """The reward model's scores of each response's words and of its queries."""
-        size, samples = self._config.scoring_batch_size, self._config.samples_per_prompt
-        if size >= samples:
-            size -= size % samples  # a history whose responses stand together may be read once
+        # A history whose responses stand together may be read once.
+        size = whole_groups(self._config.scoring_batch_size, self._config.samples_per_prompt)
         words: list[list[float]] = []
         queries: list[list[float]] = []
         with self._models.reward.inference():

@@ -101,7 +101,7 @@ class TPPOTrainer:
                         bar.write(f"stopped after {step} steps: the judge's relevance fell while the reward did not")
                         break
                     self._set_learning_rates(step)
-                    result = self._step(step)
+                    result = self.step(step)
                     self._log(step, result, tracker, samples)
                     self._warn(bar, self._guard.check(step, result.scalars))
                     self._learn(result.scalars)
@@ -137,8 +137,8 @@ class TPPOTrainer:
             self._over_optimised.learn(scalars["judge/relevance_rate"], reward)
         self._scores.append(scalars.get("judge/relevance_rate", reward))
 
-    def _step(self, step: int) -> StepResult:
-        """One rollout and its updates; returns what to log."""
+    def step(self, step: int) -> StepResult:
+        """The rollout with this number and its updates; returns what to log. Every rank must call it."""
         config = self._config
         self._watchdog.phase("rollout", step)
         with resting_optimizers(*self._engines().values()) if config.offload_states else nullcontext():

@@ -54,11 +54,12 @@ class Updater:
                 if stopped:
                     break
         tokens = [sum(rollout.batch.token_counts(rollout.batch.groups(rows))) for rows in chosen]
-        return update_metrics(totals, maxima) | {
+        critic = self._models.critic
+        return update_metrics(totals, maxima, has_critic=critic is not None) | {
             "policy/stopped_early": float(stopped),
             "policy/grad_norm": _grad_norm(self._models.actor.engine),
             "rollout/token_imbalance": imbalance(tokens, self._device),
-        } | ({"value/grad_norm": _grad_norm(self._models.critic.engine)} if self._models.critic is not None else {})
+        } | ({"value/grad_norm": _grad_norm(critic.engine)} if critic is not None else {})
 
     def mini_batches(self, batch: SequenceBatch, step: int) -> list[torch.Tensor]:
         """Which of this rank's responses each optimizer step of `step` learns from."""

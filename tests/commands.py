@@ -74,8 +74,11 @@ def fields_of(config: type) -> set[str]:
 
 @cache
 def flags_of_script(name: str) -> set[str]:
-    """The flags that the script `name`, from the root, takes: those of the command that it starts, or of several."""
+    """The flags that the script `name`, from the root, takes: those of the command that it starts, or of several, or
+    those that it reads itself, in a `case`."""
     path = ROOT / name
+    if path.parent.parent.name == "benchmarks":
+        return set(re.findall(r"--(\w+)(?=[|)])", path.read_text(encoding="utf-8")))
     if path.parent.name == "launch":
         program = "sample" if path.name == "sample.sh" else "main"
         return flags_of(f"{path.parent.parent.name}.{program}") | LAUNCHER

@@ -33,7 +33,7 @@ from tests.commands import (
 PAGES = sorted(
     {
         page
-        for pattern in ("*.md", "docs/**/*.md", "*/README.md", "benchmarks/*.md", "examples/**/*.md")
+        for pattern in ("*.md", "docs/**/*.md", "*/README.md", "benchmarks/**/*.md", "examples/**/*.md")
         for page in ROOT.glob(pattern)
     }
 )

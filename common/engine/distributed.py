@@ -89,25 +89,28 @@ def barrier() -> None:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Elementwise sum of `values` (any shape, the same on every rank) over all ranks, as a new tensor."""
-    total = values.detach().clone()
-    if dist.is_initialized():
-        dist.all_reduce(total, op=dist.ReduceOp.SUM)
-    return total
+    """Elementwise sum of `values` (any shape, the same on every rank) over all ranks, as a new tensor beside them."""
+    return _reduced(values, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Elementwise maximum of `values` over all ranks, as a new tensor."""
-    largest = values.detach().clone()
-    if dist.is_initialized():
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest
+    """Elementwise maximum of `values` over all ranks, as a new tensor beside them."""
+    return _reduced(values, dist.ReduceOp.MAX)
 
 
 def largest_over_ranks(value: int) -> int:
-    """The largest `value` of any rank; on a device that the process group can send from (NCCL: the GPU alone)."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return int(max_over_ranks(torch.tensor(value, dtype=torch.int64, device=device)))
+    """The largest `value` of any rank."""
+    return int(max_over_ranks(torch.tensor(value, dtype=torch.int64)))
+
+
+def _reduced(values: torch.Tensor, operation: dist.ReduceOp) -> torch.Tensor:
+    """NCCL sends from the GPU alone, so that what lies in host memory takes the way over it."""
+    total = values.detach().clone()
+    if not dist.is_initialized():
+        return total
+    sent = total.to("cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(sent, op=operation)
+    return sent.to(values.device)
 
 
 def gather_from_ranks(value: Any) -> list[Any]:

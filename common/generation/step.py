@@ -44,6 +44,8 @@ class DecodeStep:
         self._tokens, self._positions, self._responses, self._drawn = numbers
         self._logprobs = torch.zeros(rows, device=device)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
+        # What a pass leaves is copied to the buffers above, so that all graphs may work in the same memory.
+        self._graph_memory = torch.cuda.graph_pool_handle() if self._records else None
 
     def read(
         self, prompts: Sequence[Sequence[int]], samples: int, first_row: int, responses: Sequence[int]
@@ -139,7 +141,8 @@ class DecodeStep:
 
     def _recorded(self, rows: int, width: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # NCCL's watchdog, a thread of its own, asks CUDA for events meanwhile: only this thread's calls are recorded.
+        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
             self._pass(rows, width)
         return graph
 

@@ -158,7 +158,15 @@ def why_not_shared(model: nn.Module, read: Callable[[SequenceBatch, Layout], Any
     `read` makes it read a batch. It is asked to read two responses side by side, and one alone. Under ZeRO-3 every rank
     must call this, with the weights as in inference.
     """
-    trunk = without_wrapper(model).base_model.get_decoder()
+    if reason := lacks_for_sharing(model):
+        return reason
+    trunk = _trunk(model)
+    return "" if _reads_apart(trunk, read) else f"{type(trunk).__name__} does not follow a mask of four dimensions"
+
+
+def lacks_for_sharing(model: nn.Module) -> str:
+    """`why_not_shared` as far as the code of `model` shows it, whose weights may be without storage."""
+    trunk = _trunk(model)
     config = trunk.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}
     if config._attn_implementation not in MASKED_KERNELS:
@@ -167,7 +175,11 @@ def why_not_shared(model: nn.Module, read: Callable[[SequenceBatch, Layout], Any
         return f"{type(trunk).__name__} takes no positions"
     if kinds:
         return f"{type(trunk).__name__} has layers of the kind {', '.join(sorted(kinds))}"
-    return "" if _reads_apart(trunk, read) else f"{type(trunk).__name__} does not follow a mask of four dimensions"
+    return ""
+
+
+def _trunk(model: nn.Module) -> nn.Module:
+    return without_wrapper(model).base_model.get_decoder()
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ class RewardEncoder:
         )
         # The responses to one history come together, and step 3 meets a history again in each epoch.
         self._prompt = lru_cache(maxsize=4096)(self._render)
-        self.has_segments = accepts(model, "token_type_ids") and getattr(model.config, "type_vocab_size", 0) > 1
+        self._has_segments = takes_segments(model)
         self._has_global_attention = accepts(model, "global_attention_mask")
         self._kernel, self._dtype = model.config._attn_implementation, model.dtype
 
@@ -109,9 +109,8 @@ class RewardEncoder:
         }
         if self.options.prefix_attention:
             segments = [np.arange(len(sequence.input_ids)) >= response_begin(sequence) for sequence in sequences]
-            seen = visible(pad_right(segments, PADDING), causal=False)
-            batch["attention_mask"] = kernel_mask(seen, self._kernel, self._dtype)
-        if self.has_segments:
+            batch["attention_mask"] = prefix_mask(pad_right(segments, PADDING), self._kernel, self._dtype)
+        if self._has_segments:
             batch["token_type_ids"] = pad_right([sequence.token_types for sequence in sequences], 0)
         if self._has_global_attention:
             batch["global_attention_mask"] = pad_right([sequence.in_response for sequence in sequences], 0)
@@ -120,6 +119,16 @@ class RewardEncoder:
     def _render(self, history: tuple[Event, ...]) -> str:
         prompt = self._prompts.text(history)
         return prompt if prompt.endswith("\n") else prompt + "\n"
+
+
+def takes_segments(model: PreTrainedModel) -> bool:
+    """Whether the model tells the history from the response by segment ids. Weights may be without storage."""
+    return accepts(model, "token_type_ids") and getattr(model.config, "type_vocab_size", 0) > 1
+
+
+def prefix_mask(segments: torch.Tensor, kernel: str, dtype: torch.dtype) -> torch.Tensor:
+    """Which tokens each token of padded rows (B, T) sees with prefix attention: (B, 1, T, T) in the kernel's form."""
+    return kernel_mask(visible(segments, causal=False), kernel, dtype)
 
 
 def response_begin(sequence: TokenSequence) -> int:

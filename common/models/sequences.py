@@ -67,9 +67,7 @@ class SequenceBatch(NamedTuple):
         """
         groups = self.groups(index)
         largest = max(map(len, groups))
-        if size >= largest:
-            size -= size % largest
-        return list(torch.cat(self._longest_first(groups)).split(size))
+        return list(torch.cat(self._longest_first(groups)).split(whole_groups(size, largest)))
 
     def by_tokens(self, index: torch.Tensor, budget: int, blocks: int = 1) -> list[torch.Tensor]:
         """The rows `index`, longest groups first, in as few blocks as hold at most `budget` tokens each.
@@ -108,6 +106,11 @@ class SequenceBatch(NamedTuple):
                 room -= responses[row]
             parts += group.split(sizes)
         return parts
+
+
+def whole_groups(size: int, group: int) -> int:
+    """`size` rows, less those that would cut a group; as they are where not even one `group` fits."""
+    return size - size % group if size >= group else size
 
 
 def pad_sequences(

@@ -25,10 +25,10 @@ from common.data.records import Event
 from common.errors import InputError, TrainingDiverged, one_line
 from common.files import read_json, write_json
 from common.models.kernels import apply_liger, settle_dtype
-from common.models.layouts import MASKED_KERNELS, PROMPT, accepts, forward_arguments, lay_out
+from common.models.layouts import MASKED_KERNELS, PROMPT, ModelRows, accepts, forward_arguments, lay_out
 from common.models.loading import DTYPES, check_machine, load_fast_tokenizer, load_model_config
 from common.models.query_score import QueryRule, compose_query_scores
-from common.models.reward_encoder import EncodedResponse, RewardEncoder, response_begin
+from common.models.reward_encoder import EncodedResponse, RewardEncoder, response_begin, takes_segments
 from common.models.reward_losses import judges_words, predicted_sentences, without_class_weights
 from common.models.reward_options import MAX_SCORE, RewardInputOptions
 from common.models.sequences import pad_sequences
@@ -114,13 +114,18 @@ class TokenRewardModel:
         batch = pad_sequences(prompts, responses, 0, device)
         batch = batch._replace(prompt_index=torch.tensor([numbers[prompt] for prompt in prompts], device=device))
         rows = lay_out(batch, "shared", at_tokens=True)
-        arguments = forward_arguments(self.module, rows, causal=not self.encoder.options.prefix_attention)
-        if self.encoder.has_segments:
-            arguments["token_type_ids"] = (rows.segments > PROMPT).long()
-        found = self.module(**arguments).logits[rows.keep][rows.index].float().cpu()
+        found = logits_of_rows(self.module, rows, self.encoder.options.prefix_attention).cpu()
         logits = found.new_zeros(*batch.input_ids.shape, found.shape[-1])
         logits[batch.predicting.roll(1, dims=1).cpu()] = found
         return logits
+
+
+def logits_of_rows(module: PreTrainedModel, rows: ModelRows, prefix_attention: bool) -> torch.Tensor:
+    """A classifier's outputs (M, N) in fp32 at the response tokens of rows that hold a history once."""
+    arguments = forward_arguments(module, rows, causal=not prefix_attention)
+    if takes_segments(module):
+        arguments["token_type_ids"] = (rows.segments > PROMPT).long()
+    return module(**arguments).logits[rows.keep][rows.index].float()
 
 
 def word_probabilities(logits: torch.Tensor, encoded: EncodedResponse) -> torch.Tensor:
@@ -282,6 +287,14 @@ def _check_weights(path: str, model: PreTrainedModel, report: dict[str, Any], ne
 def reads_causally(model: PreTrainedModel) -> bool:
     """Whether `model` is a decoder: its attention modules are causal. Weights may be without storage."""
     return bool(_causal_modules(model))
+
+
+def may_share_histories(model: PreTrainedModel, prefix_attention: bool) -> bool:
+    """Whether a history may be read once for all its responses: by a causal model, or with prefix attention.
+
+    In any other model the history would see the responses. Weights may be without storage.
+    """
+    return prefix_attention or (reads_causally(model) and not reads_both_ways(model))
 
 
 def takes_prefix_attention(model: PreTrainedModel, kernel: str) -> bool:

@@ -122,7 +122,7 @@ def token_scores_of_head(
 ) -> tuple[Tensor, Tensor]:
     """`token_scores_from_logits` of `forward(**arguments).logits`, which never exist as a whole.
 
-    `forward` runs `model`, which must return what its output layer gives (`gives_logits_of_its_head`).
+    `forward` runs `model`, which must return what its output layer gives (`common.planning.models.gives_own_logits`).
     """
 
     def score(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -146,21 +146,3 @@ def scoring_head(model: PreTrainedModel, score: Callable[[Tensor, Tensor, Tensor
         yield
     finally:
         del head.forward
-
-
-def gives_logits_of_its_head(model: PreTrainedModel) -> bool:
-    """Whether the model returns what its output layer gives, with nothing done to it after (Gemma 2 caps it, say).
-
-    Asked by running it on two tokens; every rank must ask.
-    """
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        return False
-    seen: list[Tensor] = []
-    hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([[0, 1]], device=model.device)).logits
-    finally:
-        hook.remove()
-    return torch.equal(seen[-1].to(logits.dtype), logits)

@@ -17,7 +17,8 @@ class Chart:
     reading: str = ""
 
 
-# Step 3's, by the question that a person has. What stands under judge/ is there only with --monitor.
+# Step 3's, by the question that a person has. What stands under judge/ is there only with --monitor,
+# the value's loss, clipped tokens and gradient only with a critic.
 QUESTIONS: dict[str, tuple[Chart, ...]] = {
     "Is it learning?": (
         Chart(

@@ -121,7 +121,8 @@ def weights_of(spec: ModelSpec, trained: bool) -> Weights:
 def gives_own_logits(spec: ModelSpec) -> bool:
     """Whether log-probs of a causal model are taken a piece of the vocabulary at a time.
 
-    `gives_logits_of_its_head` asks the weights; here the logits must be the very tensor that the output layer gives.
+    The vocabulary must have more than one piece, and the model must return the very tensor that its output layer gives.
+    Gemma 2, for example, caps its logits after that layer. An output layer with adapters is read as a whole.
     """
     model = without_wrapper(meta_model(spec))
     if model.config.get_text_config().vocab_size <= VOCABULARY_PIECE:

@@ -17,7 +17,9 @@ from common.generation.sampling import Sampling
 from common.generation.step import DecodeStep
 from common.models.layouts import ModelRows, accepts, lay_out, without_wrapper
 from common.models.response_scores import scores_of_rows
+from common.models.reward_encoder import prefix_mask, takes_segments
 from common.models.sequences import pad_sequences
+from common.models.token_reward import logits_of_rows
 from common.planning.models import ModelSpec, gives_own_logits, meta_model
 from common.planning.tracking import PassTracker
 
@@ -90,9 +92,16 @@ def training_pass(
 
 
 @lru_cache(maxsize=256)
-def classifier_pass(spec: ModelSpec, rows: int, tokens: int) -> Pass:
-    """A reward model's pass without gradients over `rows` of `tokens` with padding."""
-    return evaluation_pass(spec, lambda model: model(**classifier_inputs(model, rows, tokens)).logits.float())
+def classifier_pass(spec: ModelSpec, rows: Rows, prefix_attention: bool = False) -> Pass:
+    """A reward model's pass without gradients. Rows of one sample have padding; others hold a history once."""
+    if rows.samples == 1:
+        return evaluation_pass(
+            spec, lambda model: model(**classifier_inputs(model, rows, prefix_attention)).logits.float()
+        )
+    laid_out = _laid_out(rows, at_tokens=True)
+    on_meta = laid_out.to("meta")
+    selected = int(laid_out.keep.sum())
+    return evaluation_pass(spec, lambda model: logits_of_rows(model, on_meta, prefix_attention), selected)
 
 
 def evaluation_pass(spec: ModelSpec, evaluate: Callable[[nn.Module], Any], selected: int = 0) -> Pass:
@@ -103,14 +112,18 @@ def evaluation_pass(spec: ModelSpec, evaluate: Callable[[nn.Module], Any], selec
     return Pass(tracker.peak, tracker.flops)
 
 
-def classifier_inputs(model: nn.Module, rows: int, tokens: int) -> dict[str, Tensor]:
-    """What `RewardEncoder.collate` gives a model, each (rows, tokens)."""
+def classifier_inputs(model: nn.Module, rows: Rows, prefix_attention: bool) -> dict[str, Tensor]:
+    """What `RewardEncoder.collate` gives a model for `rows` with padding."""
     names = ["input_ids", "attention_mask"]
-    if accepts(model, "token_type_ids") and getattr(model.config, "type_vocab_size", 0) > 1:
+    if takes_segments(model):
         names.append("token_type_ids")
     if accepts(model, "global_attention_mask"):
         names.append("global_attention_mask")
-    return {name: torch.zeros(rows, tokens, dtype=torch.long, device="meta") for name in names}
+    inputs = {name: torch.zeros(rows.rows, rows.length, dtype=torch.long, device="meta") for name in names}
+    if prefix_attention:
+        segments = inputs["attention_mask"]
+        inputs["attention_mask"] = prefix_mask(segments, model.config._attn_implementation, model.dtype)
+    return inputs
 
 
 @lru_cache(maxsize=256)
@@ -136,11 +149,14 @@ def decoding(spec: ModelSpec, prompts: Rows, samples: int, limit: int) -> Decodi
     return Decoding(cache, read, draw, -(-prompts.rows // count), waves * prompts.response)
 
 
-def _laid_out(rows: Rows) -> ModelRows:
-    """A batch of `rows` without padding, as a model reads it. It has storage, so that its masks can be counted."""
-    samples, device = min(rows.samples, rows.rows), torch.device("cpu")
-    batch = pad_sequences([[0] * rows.prompt] * rows.rows, [[0] * rows.response] * rows.rows, 0, device, samples)
-    return lay_out(batch, "shared" if samples > 1 else "padded")
+def _laid_out(rows: Rows, at_tokens: bool = False) -> ModelRows:
+    """A batch of `rows` without padding, as a model reads it. It has storage, so that its masks can be counted.
+
+    `at_tokens` as in `lay_out`.
+    """
+    prompts, responses = [[0] * rows.prompt] * rows.rows, [[0] * rows.response] * rows.rows
+    batch = pad_sequences(prompts, responses, 0, torch.device("cpu"), rows.samples)
+    return lay_out(batch, "shared" if rows.samples > 1 else "padded", at_tokens)
 
 
 def _score(spec: ModelSpec, rows: ModelRows) -> Callable[[nn.Module], Tensor]:

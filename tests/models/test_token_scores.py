@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from common.models.layouts import LAYOUTS, Layout
 from common.models.response_scores import ScoringOptions, response_scores
 from common.models.sequences import pad_sequences
-from common.models.token_scores import (
-    gives_logits_of_its_head,
-    token_scores_from_hidden,
-    token_scores_from_logits,
-)
+from common.models.token_scores import token_scores_from_hidden, token_scores_from_logits
 from common.models.value_model import ValueModel
 from tests.tiny_models import tiny_llama
 
@@ -83,17 +78,6 @@ def test_logits_are_made_for_response_tokens_alone() -> None:
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     response_scores(model, model, batch, 1.0)
     assert seen == [(2 + 5 + 1 + 4, 300)]
-
-
-def test_what_a_model_does_to_its_logits_is_noticed() -> None:
-    assert gives_logits_of_its_head(tiny_llama())
-    capped = Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=8, final_logit_softcapping=1.0,
-        )
-    )
-    assert not gives_logits_of_its_head(capped)
 
 
 @pytest.mark.parametrize("budget", [1, 8, 11, 16, 100])

@@ -175,3 +175,12 @@ def test_a_hostfile_with_a_byte_order_mark_is_refused(tmp_path: Path) -> None:
     ended = launched(tmp_path, "--hostfile", "hosts", "main.py")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "error: hosts:1: begins with a byte order mark; save the file as UTF-8 without it\n"
+
+
+def test_cpu_ranks_share_one_arena_and_the_users_allocator_wins(tmp_path: Path) -> None:
+    shown = 'use_cpu_ranks; echo "$MALLOC_ARENA_MAX ${LD_PRELOAD:-none}"'
+    arena, preloaded = bash(shown, tmp_path, MALLOC_ARENA_MAX="", LD_PRELOAD="").stdout.split()
+    assert arena == "1"
+    assert preloaded == "none" or (Path(preloaded).exists() and "tcmalloc" in preloaded)
+    given = bash(shown, tmp_path, MALLOC_ARENA_MAX="4", LD_PRELOAD="/nowhere/liballocator.so")
+    assert given.stdout.split() == ["4", "/nowhere/liballocator.so"]

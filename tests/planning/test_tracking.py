@@ -18,6 +18,7 @@ from common.models.sequences import pad_sequences
 from common.planning.models import ModelSpec, meta_model, weights_of
 from common.planning.passes import Rows, decoding, scoring_pass, update_pass
 from common.planning.tracking import PassTracker
+from tests.planning.memory import allocated_peak
 from tests.tiny_models import tiny_llama
 
 B, H, F = 64, 32, 128
@@ -112,19 +113,7 @@ def test_a_training_pass_takes_what_torchs_allocator_gives_it(
 
     train()
     # Kernels keep a little for themselves, which a pass without storage cannot see: 2 %.
-    assert update_pass(spec, rows).peak == pytest.approx(_allocated_peak(train), rel=0.02)
-
-
-def _allocated_peak(action: object) -> int:
-    """The highest sum of what torch's allocator gave and took while `action` ran."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
-        action()
-    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    assert update_pass(spec, rows).peak == pytest.approx(allocated_peak(train), rel=0.02)
 
 
 def test_flops_of_scoring_are_those_of_the_formula(llama: str) -> None:
