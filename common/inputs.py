@@ -43,9 +43,9 @@ def check_readable(*paths: str) -> None:
     """Raise `InputError` for a file, or a model folder's file, that this user may not read. Names of the hub pass."""
     for file in _files(paths):
         try:
-            open(file, "rb").close()  # os.access leaves capabilities out
+            file.open("rb").close()
         except PermissionError:
-            raise InputError(f"{file}: this user may not read it; its owner can allow it with chmod a+r") from None
+            raise InputError(f"{file}: you may not read it; its owner can allow it with chmod a+r") from None
 
 
 def hub_commit(name: str) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -61,7 +61,7 @@ def run(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     [
         (("--output_dir", "/dev/null/here"), r"/null/here: no file can be written .*; choose another --output_dir"),
         (("--systems", "sft={inputs}/sft", "tppo={inputs}/none"), "none: cannot load a tokenizer"),
-        (("--systems", "sft={inputs}/sft", "tppo={inputs}/unread"), r"unread/model.safetensors: this user may not"),
+        (("--systems", "sft={inputs}/sft", "tppo={inputs}/unread"), r"unread/model.safetensors: you may not read it"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_response_is_written(
@@ -69,8 +69,14 @@ def test_what_cannot_work_is_refused_before_a_response_is_written(
 ) -> None:
     shutil.copytree(inputs / "sft", inputs / "unread", dirs_exist_ok=True)
     monkeypatch.setattr(evaluate, "generate_and_score", lambda *arguments: pytest.fail("the first system has begun"))
-    allowed = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: "unread/model" not in str(path) and allowed(path, mode))
+    opened = Path.open
+
+    def refuse_one(path: Path, *arguments: Any, **settings: Any) -> IO[Any]:  # root may read what others may not
+        if path.match("unread/model.safetensors"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", refuse_one)
     with pytest.raises(InputError, match=message):
         run(*(flag.format(inputs=inputs) for flag in flags))
 
